@@ -1,0 +1,169 @@
+"""DefendedClassifier: the two passes of IG-Defense (Kulkarni & Weng, ECCV 2024, arXiv 2409.15190)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from defense.errors import ImportanceMismatch
+from defense.importance import NeuronImportance
+from defense.masking import top_k_masks
+from defense.split import SplitClassifier
+
+
+@dataclass(frozen=True)
+class DefendedPrediction:
+    """What both passes say of a batch.
+
+    Attributes:
+        logits: [B, C], of the masked second pass.
+        undefended_logits: [B, C], of the same clean images without a mask.
+        class_weights: [B, C], the soft pseudo-label of the noisy first pass; rows sum to 1.
+    """
+
+    logits: Tensor
+    undefended_logits: Tensor
+    class_weights: Tensor
+
+
+class DefendedClassifier(nn.Module):
+    """Classify twice, the second time with the neurons that matter for the classes the first pass believes in.
+
+    Differentiable from logits to images, through the masks and through the pseudo-label. Always in eval mode and
+    without state: an image's answer depends on its noise only, drawn from torch's global generator unless given.
+
+    Args:
+        split: the classifier as trunk and tail.
+        importance: its neurons, ranked at the same layer.
+        top_k: neurons kept for each class.
+        temperature: of the softmax over first-pass logits.
+        sigma: standard deviation of the first pass's noise, in pixel units of [0, 1]; 0 for none.
+        num_noise_samples: noise draws whose first-pass logits are averaged.
+        unimportant_weight: what a dropped neuron keeps of its activation, 0 in the paper.
+
+    Raises:
+        ImportanceMismatch: the importance is of another model, layer, or number of neurons or classes.
+        ImportanceError: ``top_k`` is out of range.
+        ValueError: a setting is out of range.
+    """
+
+    masks: Tensor
+
+    def __init__(
+        self,
+        split: SplitClassifier,
+        importance: NeuronImportance,
+        *,
+        top_k: int = 50,
+        temperature: float = 0.01,
+        sigma: float = 4 / 255,
+        num_noise_samples: int = 1,
+        unimportant_weight: float = 0.0,
+    ) -> None:
+        super().__init__()
+        _check_settings(temperature, sigma, num_noise_samples, unimportant_weight)
+        _check_fits(split, importance)
+        self.split = split
+        self.top_k, self.temperature, self.sigma = top_k, temperature, sigma
+        self.num_noise_samples, self.unimportant_weight = num_noise_samples, unimportant_weight
+        masks = top_k_masks(importance.scores, top_k)
+        reference = next(split.parameters(), masks)
+        self.register_buffer("masks", (masks + (1 - masks) * unimportant_weight).to(reference))
+        self.eval()
+
+    def forward(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Classify twice, the second time with the important neurons only.
+
+        Args:
+            images: [B, channels, H, W], in [0, 1].
+            noise: [num_noise_samples, B, channels, H, W], standard normal, scaled by sigma here; drawn if None.
+
+        Returns:
+            Logits of the second pass, [B, C].
+        """
+        clean, noisy = self._trunk_passes(images, noise)
+        class_weights = self._pseudo_label(self.split.tail(*(noisy or clean)), len(images))
+        return self._masked_pass(clean, class_weights)
+
+    @torch.no_grad()
+    def predict(self, images: Tensor, noise: Tensor | None = None) -> DefendedPrediction:
+        """Both passes' answers; the undefended one costs an additional tail, not an additional trunk.
+
+        Args:
+            images, noise: as for ``forward``.
+        """
+        clean, noisy = self._trunk_passes(images, noise)
+        first = self.split.tail(*(torch.cat(pair) for pair in zip(clean, noisy, strict=True)) if noisy else clean)
+        undefended_logits = first[: len(images)]
+        class_weights = self._pseudo_label(first[len(images) :] if noisy else undefended_logits, len(images))
+        return DefendedPrediction(self._masked_pass(clean, class_weights), undefended_logits, class_weights)
+
+    def train(self, mode: bool = True) -> "DefendedClassifier":
+        """Stay in eval mode: this is a test-time defense, and batch statistics would mix the images of a batch."""
+        return super().train(False)
+
+    def _trunk_passes(
+        self, images: Tensor, noise: Tensor | None
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None]:
+        """What crosses the split: of the images [B, ...], and of their noisy copies [n * B, ...] unless sigma is 0."""
+        if self.sigma == 0:
+            return self.split.cut(images), None
+        noise = self._standard_normal(images, noise)
+        noisy_images = (images + self.sigma * noise).flatten(0, 1)  # not clamped, as in the paper
+        # One trunk call serves both passes: cheaper than two, at small batches most of all.
+        values = self.split.cut(torch.cat([images, noisy_images]))
+        batch = len(images)
+        return tuple(v[:batch] for v in values), tuple(v[batch:] for v in values)
+
+    def _standard_normal(self, images: Tensor, noise: Tensor | None) -> Tensor:
+        shape = (self.num_noise_samples, *images.shape)
+        if noise is None:
+            return torch.randn(shape, dtype=images.dtype, device=images.device)
+        if tuple(noise.shape) != shape:
+            raise ValueError(f"expected noise of shape {list(shape)} [noise samples, *images], got {list(noise.shape)}")
+        return noise.to(images)
+
+    def _pseudo_label(self, logits: Tensor, batch: int) -> Tensor:
+        """Class weights [B, C] of first-pass logits [n * B, C]."""
+        mean_logits = logits.unflatten(0, (-1, batch)).mean(dim=0) if len(logits) != batch else logits
+        # Softmax, not argmax: an adaptive attack needs this gradient.
+        return torch.softmax(mean_logits / self.temperature, dim=1)
+
+    def _masked_pass(self, clean: tuple[Tensor, ...], class_weights: Tensor) -> Tensor:
+        activations, *bypass = clean
+        masks = class_weights @ self.masks.to(class_weights)
+        return self.split.tail(activations * _per_channel(masks, activations.ndim), *bypass)
+
+
+def _per_channel(masks: Tensor, ndim: int) -> Tensor:
+    return masks.reshape(*masks.shape, *(1,) * (ndim - 2))
+
+
+def _check_settings(temperature: float, sigma: float, num_noise_samples: int, unimportant_weight: float) -> None:
+    if not temperature > 0:
+        raise ValueError(f"expected temperature > 0, got {temperature}")
+    if not 0 <= sigma < float("inf"):
+        raise ValueError(f"expected sigma >= 0, in pixel units of [0, 1], got {sigma}")
+    if num_noise_samples < 1:
+        raise ValueError(f"expected num_noise_samples >= 1, got {num_noise_samples}; for no noise set sigma=0")
+    if not 0 <= unimportant_weight <= 1:
+        raise ValueError(f"expected unimportant_weight from 0 to 1, got {unimportant_weight}")
+
+
+def _check_fits(split: SplitClassifier, importance: NeuronImportance) -> None:
+    expected = (split.num_classes, split.num_neurons)
+    if tuple(importance.scores.shape) != expected:
+        raise ImportanceMismatch(
+            f"expected importance [classes, neurons] = {list(expected)} for layer '{split.layer}', got "
+            f"{list(importance.scores.shape)} of layer '{importance.layer}'; rank this model at this layer"
+        )
+    if importance.layer != split.layer:
+        raise ImportanceMismatch(
+            f"expected importance of layer '{split.layer}', got one of '{importance.layer}'; "
+            "rank that layer, or split there"
+        )
+    if importance.model_digest and importance.model_digest != split.model_digest:
+        raise ImportanceMismatch(
+            f"expected importance of the weights {split.model_digest}, got one of {importance.model_digest}; "
+            "rank these weights with 'igd rank' or leave_one_out_importance"
+        )

@@ -1,0 +1,1 @@
+"""The command line, ``igd``: a file for each command."""

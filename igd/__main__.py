@@ -1,0 +1,5 @@
+"""``python -m igd`` is ``igd``."""
+
+from igd.cli import main
+
+main()

@@ -1,0 +1,36 @@
+"""``igd serve``: the HTTP server."""
+
+import logging
+import sys
+
+import typer
+import uvicorn
+from pydantic import ValidationError
+
+from igd.options import describe
+from service.app import create_app
+from service.server import Server
+from service.settings import Settings
+
+# pydantic-settings reads the flags itself, so that they are the variables' names and texts.
+PASS_THROUGH = {"ignore_unknown_options": True, "allow_extra_args": True}
+
+
+def serve(context: typer.Context) -> None:
+    """Serve the model over HTTP. 'igd serve --help' lists the settings."""
+    try:
+        settings = Settings(_cli_parse_args=context.args, _cli_prog_name="igd serve")
+    except ValidationError as error:
+        raise typer.BadParameter(describe(error)) from error
+    logging.getLogger().setLevel(settings.log_level.upper())
+    app = create_app(settings)
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=max(1, round(settings.drain_s)),
+    )
+    sys.exit(Server(config, app.state.runtime).serve_until_stopped())

@@ -1,0 +1,1 @@
+"""The FastAPI application: bytes -> images -> batching -> predictor -> defense -> schemas."""

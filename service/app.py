@@ -1,0 +1,82 @@
+"""The application: routes around one runtime."""
+
+import base64
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from fastapi_offline import FastAPIOffline
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from service.errors import ProblemResponse
+from service.metrics import Metrics
+from service.middleware import RequestContext
+from service.routes import classify, importance, status
+from service.routes.documentation import with_example
+from service.runtime import Runtime
+from service.settings import Settings
+
+DESCRIPTION = """An image classifier under IG-Defense (Kulkarni & Weng, ECCV 2024): every prediction is made twice, the
+second time with only the neurons that matter for the classes the first pass believes in. No training.
+
+```
+curl -H 'Content-Type: image/png' --data-binary @image.png 'http://HOST:PORT/classify?top=3'
+curl -F images=@a.png -F images=@b.jpg http://HOST:PORT/classify
+```"""
+
+
+def create_app(settings: Settings | None = None) -> FastAPI:
+    """Build the application; its lifespan starts and stops everything.
+
+    Args:
+        settings: by default from the environment.
+    """
+    settings = settings or Settings()
+    metrics = Metrics()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await app.state.runtime.start()
+        yield
+        await app.state.runtime.stop()
+
+    # The offline variant brings the page's scripts along: a security service loads nothing from elsewhere.
+    app: FastAPI = FastAPIOffline(title="IG-Defense", version="0.1.0", description=DESCRIPTION, lifespan=lifespan)
+    app.state.runtime = Runtime(settings, metrics)
+    for module in (classify, importance, status):
+        app.include_router(module.router)
+    app.add_middleware(RequestContext, metrics=metrics, max_body_bytes=settings.max_body_bytes)
+    app.add_exception_handler(HTTPException, _http_problem)  # type: ignore[arg-type]
+    app.add_exception_handler(RequestValidationError, _validation_problem)  # type: ignore[arg-type]
+    _show_example(app, settings.model)
+    return app
+
+
+def _http_problem(request: Request, error: HTTPException) -> Response:
+    detail = error.detail
+    if error.status_code == 404 and detail == "Not Found":
+        detail = f"nothing is at {request.url.path}; see /docs"
+    headers = dict(error.headers or {})
+    if error.status_code == 405:
+        detail = f"{request.method} is not allowed at {request.url.path}; use {headers.get('allow', 'another method')}"
+    return ProblemResponse(error.status_code, detail, headers, request_id=request.state.request_id)
+
+
+def _validation_problem(request: Request, error: RequestValidationError) -> Response:
+    problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+    return ProblemResponse(422, "; ".join(problems), request_id=request.state.request_id)
+
+
+def _show_example(app: FastAPI, model: Path) -> None:
+    sample = next(iter(sorted((model / "samples").glob("*.png"))), None)
+    plain_openapi = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        return with_example(plain_openapi(), base64.b64encode(sample.read_bytes()).decode() if sample else "")
+
+    app.openapi = openapi  # type: ignore[method-assign]

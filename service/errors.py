@@ -1,0 +1,105 @@
+"""What the service answers when it cannot answer, as problem+json (RFC 9457).
+
+::
+
+    ServiceError
+    ├── BadImage             400  not an image, or a damaged one
+    ├── InvalidKey           401  no key, or a wrong one
+    ├── Forbidden            403  the endpoint is switched off
+    ├── TooLarge             413  bytes, pixels or number of images
+    ├── UnsupportedMediaType 415  a body this endpoint does not read
+    ├── Unprocessable        422  well-formed, but not something that can be classified
+    ├── QueueFull            429  try again after Retry-After seconds
+    ├── NotReady             503  no importance yet, or draining
+    └── DeadlineExceeded     504  the request took longer than deadline_s
+
+Every detail is a sentence that says what to do.
+"""
+
+from http import HTTPStatus
+from typing import Any
+
+from starlette.responses import JSONResponse
+
+
+class ServiceError(Exception):
+    """Base: a status code and a sentence."""
+
+    status = 500
+
+    def __init__(self, detail: str, headers: dict[str, str] | None = None) -> None:
+        super().__init__(detail)
+        self.detail, self.headers = detail, headers or {}
+
+
+class BadImage(ServiceError):
+    """Not an image, or a damaged one."""
+
+    status = 400
+
+
+class InvalidKey(ServiceError):
+    """No key, or a wrong one."""
+
+    status = 401
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(detail, {"WWW-Authenticate": "Bearer"})
+
+
+class Forbidden(ServiceError):
+    """The endpoint is switched off."""
+
+    status = 403
+
+
+class TooLarge(ServiceError):
+    """Too many bytes, pixels or images."""
+
+    status = 413
+
+
+class UnsupportedMediaType(ServiceError):
+    """A body this endpoint does not read."""
+
+    status = 415
+
+
+class Unprocessable(ServiceError):
+    """Well-formed, but not something that can be classified."""
+
+    status = 422
+
+
+class QueueFull(ServiceError):
+    """More images wait than the queue holds."""
+
+    status = 429
+
+    def __init__(self, detail: str, retry_after_s: int) -> None:
+        super().__init__(detail, {"Retry-After": str(retry_after_s)})
+
+
+class NotReady(ServiceError):
+    """No importance yet, draining, or the store is away."""
+
+    status = 503
+
+    def __init__(self, detail: str, retry_after_s: int = 1) -> None:
+        super().__init__(detail, {"Retry-After": str(retry_after_s)})
+
+
+class DeadlineExceeded(ServiceError):
+    """The request took longer than its deadline."""
+
+    status = 504
+
+
+class ProblemResponse(JSONResponse):
+    """An RFC 9457 problem."""
+
+    media_type = "application/problem+json"
+
+    def __init__(self, status: int, detail: Any, headers: dict[str, str] | None = None, **members: Any) -> None:
+        content = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": detail}
+        super().__init__(content | members, status, headers)

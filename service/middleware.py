@@ -1,0 +1,119 @@
+"""What holds for every request: an id, a size limit, a count, and an answer even when a bug strikes.
+
+Plain ASGI, because starlette's BaseHTTPMiddleware hides that a client left.
+"""
+
+import logging
+import re
+import time
+import uuid
+
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from importance_store import (
+    CorruptImportance,
+    NoActiveImportance,
+    StoreError,
+    VersionConflict,
+    VersionNotFound,
+    WrongModel,
+)
+from service.errors import ProblemResponse, ServiceError, TooLarge
+from service.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+
+_STORE_PROBLEMS: list[tuple[type[StoreError], int]] = [
+    (VersionNotFound, 404),
+    (NoActiveImportance, 404),
+    (VersionConflict, 409),
+    (WrongModel, 409),
+    (CorruptImportance, 500),
+    (StoreError, 503),
+]
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:@/+=-]{1,128}")
+
+
+class RequestContext:
+    """Wraps the application.
+
+    Args:
+        max_body_bytes: a larger body gets 413, before it is read if it says its length.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, max_body_bytes: int) -> None:
+        self.app, self.metrics, self.max_body_bytes = app, metrics, max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        started = time.perf_counter()
+        headers = dict(scope["headers"])
+        request_id = _request_id(headers.get(b"x-request-id"))
+        scope.setdefault("state", {}).update(request_id=request_id, arrived_at=started)
+        status = 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        try:
+            self._check_length(headers.get(b"content-length"))
+            await self.app(scope, _limited(receive, self.max_body_bytes), send_with_id)
+        except Exception as error:
+            if not isinstance(error, ServiceError | StoreError | ClientDisconnect):
+                logger.exception("request %s failed", request_id)
+            if status:  # the answer has begun, there is no other to give
+                raise
+            await problem_of(error, request_id)(scope, receive, send_with_id)
+        finally:
+            endpoint = scope["path"].strip("/").partition("/")[0]
+            self.metrics.observe_request(endpoint, status or 499, time.perf_counter() - started)
+
+    def _check_length(self, length: bytes | None) -> None:
+        if length is not None and length.isdigit() and int(length) > self.max_body_bytes:
+            raise body_too_large(self.max_body_bytes)
+
+
+def problem_of(error: Exception, request_id: str) -> ProblemResponse:
+    """The problem that a client is told; of a bug, no more than where to look for it."""
+    if isinstance(error, ServiceError):
+        return ProblemResponse(error.status, error.detail, error.headers, request_id=request_id)
+    for kind, status in _STORE_PROBLEMS:
+        if isinstance(error, kind):
+            headers = {"Retry-After": "1"} if status == 503 else {}
+            return ProblemResponse(status, str(error), headers, request_id=request_id)
+    detail = f"an unexpected error; the server's log has it under request {request_id}"
+    return ProblemResponse(500, detail, request_id=request_id)
+
+
+def body_too_large(max_body_bytes: int) -> TooLarge:
+    """The answer to a body over the limit."""
+    return TooLarge(
+        f"expected a body of at most {max_body_bytes} bytes; send fewer or smaller images, or raise IGD_MAX_BODY_MB",
+        {"Connection": "close"},
+    )
+
+
+def _limited(receive: Receive, max_body_bytes: int) -> Receive:
+    received = 0
+
+    async def receive_limited() -> Message:
+        nonlocal received
+        message = await receive()
+        received += len(message.get("body", b""))
+        if received > max_body_bytes:
+            raise body_too_large(max_body_bytes)
+        return message
+
+    return receive_limited
+
+
+def _request_id(given: bytes | None) -> str:
+    return given.decode() if given and _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex

@@ -1,0 +1,55 @@
+"""GET /model, /health/live, /health/ready, /metrics: what runs here, and how it is."""
+
+from fastapi import APIRouter
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from service.errors import NotReady
+from service.routes.documentation import problems
+from service.runtime import runtime_of
+from service.schemas import DefenseSettings, InputDescription, ModelResponse
+
+router = APIRouter(tags=["status"])
+
+
+@router.get("/model")
+async def model(request: Request) -> ModelResponse:
+    """The model, its classes and input, the defense settings, and the importance version being served."""
+    runtime = runtime_of(request)
+    config, split, served = runtime.predictor.config, runtime.predictor.split, runtime.served
+    return ModelResponse(
+        name=config.name,
+        classes=list(config.labels),
+        num_neurons=split.num_neurons,
+        model_digest=split.model_digest,
+        input=InputDescription(height=config.input.size[0], width=config.input.size[1], channels=config.input.channels),
+        defense=DefenseSettings(layer=split.layer, **config.defense.model_dump(exclude={"layer"})),
+        importance_version=served.version if served else None,
+        importance_method=served.importance.method if served else None,
+    )
+
+
+@router.get("/health/live", responses=problems(503))
+async def live(request: Request) -> JSONResponse:
+    """200 while the process can answer at all."""
+    if not runtime_of(request).batcher.alive:
+        raise NotReady("the batch dispatcher is dead; restart the server")
+    return JSONResponse({"status": "live"})
+
+
+@router.get("/health/ready", responses=problems(503))
+async def ready(request: Request) -> JSONResponse:
+    """200 while /classify answers with defended predictions; a store that went away does not matter."""
+    runtime = runtime_of(request)
+    if not runtime.batcher.accepting:
+        raise NotReady("the server is shutting down")
+    return JSONResponse(
+        {"status": "ready", "importance_version": runtime.defense.version, "store_up": runtime.store_up}
+    )
+
+
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    """Prometheus metrics."""
+    return Response(generate_latest(runtime_of(request).metrics.registry), media_type=CONTENT_TYPE_LATEST)

@@ -1,0 +1,215 @@
+"""What one running server holds: the model on its device, the queue, the store, the version it serves."""
+
+import asyncio
+import logging
+import os
+import signal
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+from starlette.requests import HTTPConnection
+
+from defense import DefenseError, load_importance
+from importance_store import (
+    ChangeWatcher,
+    ConnectedStore,
+    NoActiveImportance,
+    StoreError,
+    StoreUnavailable,
+    VersionConflict,
+    open_store,
+)
+from service.batching import Batcher
+from service.errors import NotReady
+from service.images import decode_image
+from service.metrics import Metrics
+from service.predictor import Pixels, Predictor, ServedDefense
+from service.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+REOPEN_S = 1.0
+Rows = NDArray[np.float32]
+
+
+class Runtime:
+    """Starts, holds and stops the parts; ``start`` and ``stop`` run on the event loop."""
+
+    predictor: Predictor
+    batcher: Batcher[ServedDefense, Pixels, Rows]
+
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+        self.settings, self.metrics = settings, metrics
+        # One thread runs every torch operation: each thread that does gets an OpenMP team of its own.
+        self._device = ThreadPoolExecutor(1, "device")
+        self._decoders = ThreadPoolExecutor(settings.decode_threads, "decode")
+        self._store: ConnectedStore | None = None
+        self._watcher: ChangeWatcher | None = None
+        self._opening: asyncio.Task[None] | None = None
+        self.served: ServedDefense | None = None
+        self.active_version: str | None = None
+        self.problem: str | None = "no importance has been loaded yet"
+        self.store_up = False
+        self.fatal: BaseException | None = None
+
+    @property
+    def store(self) -> ConnectedStore:
+        """The importance store.
+
+        Raises:
+            NotReady: it could not be reached yet.
+        """
+        if self._store is None:
+            raise NotReady(f"the importance store cannot be reached ({self.problem}); start it or check IGD_REDIS_URL")
+        return self._store
+
+    @property
+    def defense(self) -> ServedDefense:
+        """What predictions are made with.
+
+        Raises:
+            NotReady: there is no importance, and nothing is served undefended in silence.
+        """
+        if self.served is None:
+            raise NotReady(f"not ready to serve defended predictions: {self.problem}")
+        return self.served
+
+    async def start(self) -> None:
+        """Load the model, start the dispatcher, open the store and serve its active importance.
+
+        Raises:
+            DefenseError: the model directory cannot be served.
+            StoreError: the store refuses us, which waiting will not mend.
+        """
+        settings = self.settings
+        load = partial(Predictor, settings.model, device=settings.device, threads=settings.threads)
+        self.predictor = await asyncio.get_running_loop().run_in_executor(self._device, load)
+        self.batcher = Batcher(
+            self._run_batch,
+            self._device,
+            max_batch_size=settings.max_batch_size,
+            max_queue=settings.max_queue,
+            on_death=self._die,
+        )
+        self.batcher.start()
+        self.metrics.queue_depth.set_function(lambda: self.batcher.depth)
+        self.metrics.in_flight.set_function(lambda: self.batcher.in_flight)
+        try:
+            await asyncio.to_thread(self._open_store)
+        except StoreUnavailable as error:
+            logger.warning("starting without the importance store, trying again every %g s: %s", REOPEN_S, error)
+            self.problem = str(error)
+            self._opening = asyncio.create_task(self._keep_opening_store())
+
+    async def stop(self) -> None:
+        """Answer what was admitted, then let go of everything."""
+        if self._opening:
+            self._opening.cancel()
+        await self.batcher.drain(self.settings.drain_s)
+        await asyncio.to_thread(self._close_store)
+        self._decoders.shutdown(wait=False, cancel_futures=True)
+        self._device.shutdown(wait=False, cancel_futures=True)
+
+    async def classify(self, defense: ServedDefense, files: Sequence[bytes]) -> list[Rows]:
+        """[3, C] of each image file: probabilities defended, undefended, and class weights.
+
+        Raises:
+            QueueFull, BadImage, TooLarge, Unprocessable: see ``service.errors``.
+        """
+        with self.batcher.admit(len(files)):
+            loop = asyncio.get_running_loop()
+            decode = partial(decode_image, config=self.predictor.config.input, max_pixels=self.settings.max_pixels)
+            pixels = await asyncio.gather(*(loop.run_in_executor(self._decoders, decode, file) for file in files))
+            return await self.batcher.submit(defense, pixels)
+
+    def _run_batch(self, defense: ServedDefense, pixels: list[Pixels]) -> Sequence[Rows]:
+        self.metrics.batch_size.observe(len(pixels))
+        return list(self.predictor.predict(defense, pixels))
+
+    def _open_store(self) -> None:
+        settings = self.settings
+        url = settings.redis_url.get_secret_value() if settings.redis_url else None
+        store = open_store(
+            redis_url=url, data_dir=settings.data_dir, model=self.predictor.config.name, history=settings.history
+        )
+        try:
+            self._publish_bundled_importance(store)
+            self._activate(store, store.active_version())
+        except BaseException:
+            store.close()
+            raise
+        self._store = store
+        self._watcher = store.watch(on_change=partial(self._activate, store), on_store_up=self._store_is_up)
+        self._watcher.start()
+
+    async def _keep_opening_store(self) -> None:
+        while True:
+            await asyncio.sleep(REOPEN_S)
+            try:
+                return await asyncio.to_thread(self._open_store)
+            except StoreUnavailable as error:
+                self.problem = str(error)
+            except StoreError as error:
+                return self._die(error)
+
+    def _close_store(self) -> None:
+        if self._watcher:
+            self._watcher.stop()
+        if self._store:
+            self._store.close()
+
+    def _publish_bundled_importance(self, store: ConnectedStore) -> None:
+        """Publish the model directory's own importance into an empty store, so that a new installation serves."""
+        if store.active_version() is not None:
+            return
+        try:
+            importance = load_importance(self.settings.model)
+            if importance is not None:
+                self.predictor.check(importance)
+                version = store.publish(importance, expected_active=None)
+                logger.info("published the importance of %s as version %s", self.settings.model, version)
+        except VersionConflict:
+            logger.info("another replica published first")
+        except DefenseError as error:
+            logger.error("the importance of %s is not published: %s", self.settings.model, error)
+
+    def _activate(self, store: ConnectedStore, version: str | None) -> None:
+        """Serve a version from the next admitted request on; what is wrong with it leaves the old one in place."""
+        self.active_version = version
+        if self.served and self.served.version == version:
+            self.problem = None
+            return
+        try:
+            loaded = store.load(version, model_digest=self.predictor.model_digest)
+            served = self._device.submit(self.predictor.prepare, loaded.version, loaded.importance).result()
+        except StoreUnavailable:
+            raise  # the watcher tries again
+        except (StoreError, DefenseError) as error:
+            self.problem = str(error)
+            command = (
+                "" if isinstance(error, NoActiveImportance) else f"; to mend it: igd rank --model {self.settings.model}"
+            )
+            logger.error("version %s is not served: %s%s", version, error, command)
+            return
+        self.served, self.problem = served, None
+        self.metrics.show_importance(served.version, served.importance, self.predictor.config.defense.top_k)
+        logger.info("serving importance %s (%s at %s)", version, served.importance.method, served.importance.layer)
+
+    def _store_is_up(self, up: bool) -> None:
+        self.store_up = up
+        self.metrics.store_up.set(up)
+
+    def _die(self, error: BaseException) -> None:
+        """End the process in order, with a non-zero code: an orchestrator starts a sound one."""
+        self.fatal = error
+        logger.critical("ending the server: %s", error)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def runtime_of(connection: HTTPConnection) -> Runtime:
+    """The runtime of the application that serves this request."""
+    runtime: Runtime = connection.app.state.runtime
+    return runtime

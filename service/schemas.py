@@ -1,0 +1,141 @@
+"""What goes over HTTP, as pydantic models: the contract that /docs shows."""
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, Field
+
+
+class ClassifyRequest(BaseModel):
+    """The JSON form of a request; raw bytes or multipart are cheaper."""
+
+    images: list[str] = Field(min_length=1, description="image files, base64")
+
+
+class LabelProbability(BaseModel):
+    """A class and its probability."""
+
+    label: str
+    class_id: int
+    probability: float
+
+
+class Prediction(LabelProbability):
+    """What both passes say of one image; the label itself is of the defended prediction."""
+
+    top: list[LabelProbability] = Field(description="the most probable classes, defended")
+    undefended: LabelProbability = Field(description="of the same clean image without a mask")
+    pseudo_label: LabelProbability = Field(description="of the noisy first pass: the largest class weight")
+    changed: bool = Field(description="whether the defended label differs from the undefended one")
+
+
+class ClassifyResponse(BaseModel):
+    """Predictions in the order of the request's images, all under one importance version."""
+
+    model: str
+    importance_version: str
+    predictions: list[Prediction]
+
+
+class Problem(BaseModel):
+    """An RFC 9457 problem."""
+
+    type: str = "about:blank"
+    title: str
+    status: int
+    detail: Any
+    request_id: str
+
+
+class DefenseSettings(BaseModel):
+    """The defense as it is applied."""
+
+    layer: str
+    top_k: int
+    temperature: float
+    sigma: float
+    num_noise_samples: int
+    unimportant_weight: float
+
+
+class InputDescription(BaseModel):
+    """What the network takes; images of other sizes are resized and cropped to it."""
+
+    height: int
+    width: int
+    channels: int
+
+
+class ModelResponse(BaseModel):
+    """The model that is served."""
+
+    name: str
+    classes: list[str]
+    num_neurons: int
+    model_digest: str
+    input: InputDescription
+    defense: DefenseSettings
+    importance_version: str | None = Field(description="the version served now; null while there is none")
+    importance_method: str | None = None
+
+
+class VersionResponse(BaseModel):
+    """One importance version in the store."""
+
+    version: str
+    active: bool
+    method: str
+    layer: str
+    num_images: int
+    probe_set: str
+    created_at: datetime
+    warnings: list[str]
+    size_bytes: int
+    sha256: str
+
+
+class ImportanceListResponse(BaseModel):
+    """The versions in the store, newest first."""
+
+    model: str
+    serving: str | None = Field(description="the version this replica serves")
+    active: str | None = Field(description="the version the store says to serve")
+    store_up: bool
+    problem: str | None = Field(None, description="why this replica does not serve the active version")
+    versions: list[VersionResponse]
+
+
+class NeuronScore(BaseModel):
+    """A neuron (channel of the layer's output) and its importance."""
+
+    neuron: int
+    score: float
+
+
+class ImportanceResponse(BaseModel):
+    """One version as the importance dictionary: for each class its most important neurons."""
+
+    version: str
+    active: bool
+    metadata: dict[str, Any]
+    classes: dict[str, list[NeuronScore]]
+
+
+def prediction_json(rows: NDArray[np.float32], labels: Sequence[str], top: int) -> dict[str, Any]:
+    """A ``Prediction`` as plain JSON values, from one image's [3, C] of the predictor."""
+    defended, undefended, class_weights = rows
+
+    def entry(probabilities: NDArray[np.float32], c: int) -> dict[str, Any]:
+        return {"label": labels[c], "class_id": c, "probability": round(float(probabilities[c]), 6)}
+
+    order = np.argsort(-defended, kind="stable")[:top].tolist()
+    best, undefended_best = order[0], int(undefended.argmax())
+    return entry(defended, best) | {
+        "top": [entry(defended, c) for c in order],
+        "undefended": entry(undefended, undefended_best),
+        "pseudo_label": entry(class_weights, int(class_weights.argmax())),
+        "changed": best != undefended_best,
+    }

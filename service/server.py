@@ -1,0 +1,71 @@
+"""uvicorn, with our start banner and exit code."""
+
+import logging
+import shlex
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import uvicorn
+
+from service.runtime import Runtime
+
+logger = logging.getLogger(__name__)
+
+
+class Server(uvicorn.Server):
+    """Serves until SIGTERM or SIGINT, then answers what is in flight."""
+
+    def __init__(self, config: uvicorn.Config, runtime: Runtime) -> None:
+        super().__init__(config)
+        self._runtime = runtime
+
+    def serve_until_stopped(self) -> int:
+        """Run; returns the process's exit code: 0 after an orderly stop, 1 if it could not start or died of a bug."""
+        self.run()
+        return 0 if self.started and self._runtime.fatal is None else 1
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, and say so."""
+        await super().startup(sockets)
+        if self.started:
+            print(banner(self._runtime, self._address()), flush=True)
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Stop in order on a signal; uvicorn's own would raise it again afterwards, and the exit code would be its."""
+        handled = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.signal(number, self.handle_exit) for number in handled}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _address(self) -> str:
+        listening = [s for server in self.servers for s in server.sockets]
+        host, port = listening[0].getsockname()[:2] if listening else (self.config.host, self.config.port)
+        return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def banner(runtime: Runtime, address: str) -> str:
+    """Where it listens, what it serves, and a line to try it with."""
+    config, served, settings = runtime.predictor.config, runtime.served, runtime.settings
+    serving = (
+        f"importance {served.version} ({served.importance.method} at {served.importance.layer})"
+        if served
+        else f"NOT READY: {runtime.problem}"
+    )
+    sample = next(iter(sorted((settings.model / "samples").glob("*"))), "image.png")
+    kind = {".jpg": "jpeg"}.get(str(sample)[-4:], str(sample).rpartition(".")[2])
+    key = " -H 'Authorization: Bearer YOUR_KEY'" if settings.api_keys else ""
+    return f"""
+IG-Defense listens on {address}, docs at {address}/docs
+  model       {config.name}: {len(config.labels)} classes, from {settings.model}
+  serving     {serving}
+  store       {"Redis at IGD_REDIS_URL" if settings.redis_url else f"embedded, in {settings.data_dir}"}
+  admin       {"on" if settings.admin_key else "off (set IGD_ADMIN_KEY to activate versions over HTTP)"}
+Try it:
+  curl{key} -H 'Content-Type: image/{kind}' --data-binary @{shlex.quote(str(sample))} {address}/classify
+"""

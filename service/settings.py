@@ -1,0 +1,73 @@
+"""Settings: ``IGD_*`` variables, and ``igd serve`` flags of the same names. Nothing else reads the environment."""
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, SecretStr, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from service.errors import Forbidden
+
+Positive = Annotated[int, Field(gt=0)]
+
+
+class Settings(BaseSettings):
+    """Everything that can be set. A flag wins over a variable, a variable over the default."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="IGD_",
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_avoid_json=True,
+        cli_hide_none_type=True,
+        extra="ignore",
+    )
+
+    host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for every interface.")
+    port: int = Field(8000, ge=0, le=65535, description="TCP port; 0 for any free one.")
+    model: Path = Field(Path("models/fashion-mnist"), description="Model directory to serve.")
+    redis_url: SecretStr | None = Field(
+        None, description="redis://, rediss:// or unix:// URL of the store; unset, an embedded server in data_dir."
+    )
+    data_dir: Path = Field(Path(".igd"), description="Where the embedded store keeps its data.")
+    history: int = Field(20, ge=1, description="Importance versions kept for roll-back.")
+    admin_key: SecretStr | None = Field(None, description="Bearer key of the admin endpoints; unset, they are off.")
+    api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
+        (), description="Comma-separated Bearer keys of /classify; unset, it is open."
+    )
+    device: str = Field("auto", description="torch device; auto: cuda if there is one, else cpu.")
+    threads: int | None = Field(None, ge=1, description="CPU threads of the model; unset, one a physical core.")
+    max_batch_size: Positive = Field(64, description="Images the model takes at once.")
+    max_queue: Positive = Field(1024, description="Images admitted and not yet answered; more get 429.")
+    decode_threads: Positive = Field(2, description="Threads that decode images.")
+    deadline_s: float = Field(30.0, gt=0, description="Seconds from a request's arrival to 504.")
+    drain_s: float = Field(30.0, gt=0, description="Seconds to answer what was admitted after SIGTERM.")
+    max_images: Positive = Field(256, description="Images in one request.")
+    max_body_mb: float = Field(32.0, gt=0, description="Megabytes in one request body.")
+    max_pixels: Positive = Field(50_000_000, description="Pixels of one image, read from its header before decoding.")
+    log_level: str = Field("info", pattern="^(?i:debug|info|warning|error)$", description="debug to error.")
+
+    @field_validator("api_keys", mode="before")
+    @classmethod
+    def _split_keys(cls, value: object) -> object:
+        return tuple(key.strip() for key in value.split(",") if key.strip()) if isinstance(value, str) else value
+
+    @field_validator("admin_key", "redis_url", mode="after")
+    @classmethod
+    def _empty_is_unset(cls, value: SecretStr | None) -> SecretStr | None:
+        # Compose files and shells pass unset variables on as empty strings.
+        return value if value and value.get_secret_value() else None
+
+    @property
+    def max_body_bytes(self) -> int:
+        return int(self.max_body_mb * 1_000_000)
+
+    def required_admin_key(self) -> str:
+        """The admin key.
+
+        Raises:
+            Forbidden: there is none, so the admin endpoints are off.
+        """
+        if self.admin_key is None:
+            raise Forbidden("admin endpoints are off because IGD_ADMIN_KEY is not set; set it and restart the server")
+        return self.admin_key.get_secret_value()
