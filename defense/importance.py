@@ -104,8 +104,9 @@ class NeuronImportance:
 
     def to_bytes(self) -> bytes:
         """Safetensors bytes: tensor ``scores`` and the metadata as JSON. The same on disk and in Redis."""
-        metadata = {"format": FORMAT, _METADATA_KEY: json.dumps(self.metadata(), sort_keys=True)}
-        return save_safetensors({"scores": self.scores}, metadata=metadata)
+        # One metadata entry: safetensors writes several in any order, and equal importances should have equal bytes.
+        values = json.dumps({"format": FORMAT} | self.metadata(), sort_keys=True)
+        return save_safetensors({"scores": self.scores}, metadata={_METADATA_KEY: values})
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "NeuronImportance":
@@ -119,8 +120,8 @@ class NeuronImportance:
             header_length = int.from_bytes(data[:8], "little")
             header = json.loads(data[8 : 8 + header_length])["__metadata__"]
             values = json.loads(header[_METADATA_KEY])
-            if header["format"] != FORMAT:
-                raise ImportanceError(f"expected format {FORMAT}, got {header['format']}; upgrade ig-defense")
+            if values["format"] != FORMAT:
+                raise ImportanceError(f"expected format {FORMAT}, got {values['format']}; upgrade ig-defense")
             values["created_at"] = datetime.fromisoformat(values["created_at"])
             known = {f.name for f in fields(cls)}
             return cls(scores=scores, **{name: value for name, value in values.items() if name in known})

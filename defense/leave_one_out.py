@@ -46,29 +46,64 @@ def leave_one_out_importance(
         ProbeSetError: no images, or labels that are not classes of the model.
         ImportanceError: NaN or infinite scores.
     """
-    sums = torch.zeros(split.num_classes, split.num_neurons, dtype=torch.float64)
-    counts = torch.zeros(split.num_classes, dtype=torch.int64)
-    reference = next(split.parameters(), sums)
+    running = LeaveOneOut(split, signed=signed, tail_batch_size=tail_batch_size)
     for images, labels in batches:
-        _check_batch(images, labels, split.num_classes)
-        changes = logit_changes(split, images.to(reference), labels.to(reference.device), tail_batch_size)
-        changes = (changes if signed else changes.abs()).double().cpu()
-        sums.index_add_(0, labels.cpu(), changes)
-        counts += torch.bincount(labels.cpu(), minlength=split.num_classes)
+        running.add(images, labels)
         if progress:
-            progress(int(counts.sum()))
-    if not counts.any():
-        raise ProbeSetError("expected probe images, got none; pass at least one batch")
-    return NeuronImportance.ranked(
-        (sums / counts.clamp(min=1).unsqueeze(1)).float(),
-        class_counts=counts.tolist(),
-        class_names=class_names,
-        method="lo-ir-signed" if signed else "lo-ir",
-        layer=split.layer,
-        model_digest=split.model_digest,
-        num_images=int(counts.sum()),
-        probe_set=probe_set,
-    )
+            progress(running.num_images)
+    return running.importance(class_names=class_names, probe_set=probe_set)
+
+
+class LeaveOneOut:
+    """LO-IR under way: sums over the images so far. What ``leave_one_out_importance`` loops over.
+
+    ``sums`` and ``counts`` are all there is to it: save and restore them to go on after an interruption, add those of
+    several processes to rank in parallel.
+
+    Attributes:
+        sums: [C, N] float64, changes of the own class's logit.
+        counts: [C] int64, images of each class.
+    """
+
+    def __init__(self, split: SplitClassifier, *, signed: bool = False, tail_batch_size: int = 1024) -> None:
+        self.split, self.signed, self.tail_batch_size = split, signed, tail_batch_size
+        self.sums = torch.zeros(split.num_classes, split.num_neurons, dtype=torch.float64)
+        self.counts = torch.zeros(split.num_classes, dtype=torch.int64)
+
+    @property
+    def num_images(self) -> int:
+        return int(self.counts.sum())
+
+    def add(self, images: Tensor, labels: Tensor) -> None:
+        """Add a batch: images [B, channels, H, W] in [0, 1], labels [B].
+
+        Raises:
+            ProbeSetError: labels that are not classes of the model.
+        """
+        _check_batch(images, labels, self.split.num_classes)
+        reference, labels = next(self.split.parameters(), self.sums), labels.cpu()
+        changes = logit_changes(self.split, images.to(reference), labels.to(reference.device), self.tail_batch_size)
+        self.sums.index_add_(0, labels, (changes if self.signed else changes.abs()).double().cpu())
+        self.counts += torch.bincount(labels, minlength=self.split.num_classes)
+
+    def importance(self, *, class_names: Sequence[str] = (), probe_set: str = "") -> NeuronImportance:
+        """The mean changes so far.
+
+        Raises:
+            ProbeSetError: no image was added. ImportanceError: NaN or infinite scores.
+        """
+        if not self.counts.any():
+            raise ProbeSetError("expected probe images, got none; pass at least one batch")
+        return NeuronImportance.ranked(
+            (self.sums / self.counts.clamp(min=1).unsqueeze(1)).float(),
+            class_counts=self.counts.tolist(),
+            class_names=class_names,
+            method="lo-ir-signed" if self.signed else "lo-ir",
+            layer=self.split.layer,
+            model_digest=self.split.model_digest,
+            num_images=self.num_images,
+            probe_set=probe_set,
+        )
 
 
 def logit_changes(split: SplitClassifier, images: Tensor, labels: Tensor, tail_batch_size: int = 1024) -> Tensor:
