@@ -19,6 +19,7 @@ from defense.masking import top_k_masks
 from defense.model_config import ModelConfig, read_config
 from defense.models import load_classifier
 from defense.probe import ProbeSet, load_probe_set
+from defense.ranking import check_dataset, open_probe_set, rank_neurons
 from defense.split import SplitClassifier
 
 __all__ = [
@@ -34,11 +35,14 @@ __all__ = [
     "ProbeSetError",
     "SplitClassifier",
     "SplitError",
+    "check_dataset",
     "leave_one_out_importance",
     "load_classifier",
     "load_importance",
     "load_probe_set",
     "model_digest",
+    "open_probe_set",
+    "rank_neurons",
     "read_config",
     "top_k_masks",
 ]

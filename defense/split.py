@@ -28,7 +28,7 @@ class SplitClassifier(nn.Module):
         input_size: (channels, H, W) of an image; by default ``model.input_size``, or a common size that fits.
 
     Attributes:
-        layer: full name of the split layer.
+        layer: full name of the split layer. layers: names of all that could be.
         num_neurons, num_classes: N and C.
         tail_is_affine: whether the logits are an affine map of the activations (decides LO-IR's closed form).
         has_bypass: whether a skip connection passes around the layer.
@@ -42,9 +42,23 @@ class SplitClassifier(nn.Module):
         super().__init__()
         self.model_digest = model_digest(model)
         tracer, graph = trace(model.eval())
-        self.layer = _find_layer(model, tracer, layer)
+        self.layers = tuple(name for name in tracer.outputs if name)
+        self.layer = self.find_layer(layer) if layer is not None else _final_linear(model, tracer) + INPUT
         self._trunk, self._tail = cut_graph(model, graph, tracer.node_of(self.layer), self.layer)
         self._probe_structure(_example_images(model, input_size))
+
+    def find_layer(self, layer: str) -> str:
+        """The full name of a layer of this model, ``":input"`` kept.
+
+        Raises:
+            SplitError: no layer has that name, or several end with it.
+        """
+        name, suffix = layer.removesuffix(INPUT), INPUT if layer.endswith(INPUT) else ""
+        matches = [name] if name in self.layers else [known for known in self.layers if known.endswith(f".{name}")]
+        if len(matches) == 1:
+            return matches[0] + suffix
+        found = f"several: {', '.join(matches)}" if matches else "none"
+        raise SplitError(f"expected one layer named '{name}', found {found}; the layers are: {', '.join(self.layers)}")
 
     def trunk(self, images: Tensor) -> Tensor:
         """Activations of the split layer, [B, N] or [B, N, H, W], for images [B, channels, H, W]."""
@@ -80,18 +94,6 @@ class SplitClassifier(nn.Module):
         self.num_neurons, self.num_classes = activations.shape[1], logits.shape[1]
         self.has_bypass = bool(bypass)
         self.tail_is_affine = not bypass and _is_affine(self._tail, activations.shape[1:])
-
-
-def _find_layer(model: nn.Module, tracer: NamingTracer, layer: str | None) -> str:
-    if layer is None:
-        return _final_linear(model, tracer) + INPUT
-    name, suffix = layer.removesuffix(INPUT), INPUT if layer.endswith(INPUT) else ""
-    names = [known for known in tracer.outputs if known]
-    matches = [name] if name in names else [known for known in names if known.endswith(f".{name}")]
-    if len(matches) == 1:
-        return matches[0] + suffix
-    found = f"several: {', '.join(matches)}" if matches else "none"
-    raise SplitError(f"expected one layer named '{name}', found {found}; the layers are: {', '.join(names)}")
 
 
 def _final_linear(model: nn.Module, tracer: NamingTracer) -> str:

@@ -56,7 +56,7 @@ class ImportanceStore:
         self._client = client
         self._history = history
         self._keys = Keys(model)
-        self._server = _server_name(client)
+        self._server = server_name(client)
         self._run_publish = client.register_script(scripts.PUBLISH)
         self._run_activate = client.register_script(scripts.ACTIVATE)
 
@@ -238,7 +238,7 @@ def _stored_version(version: str, active: bool, meta: bytes | None, sha256: byte
     return StoredVersion(version, active, metadata_from(version, meta), size, sha256.decode())
 
 
-def _server_name(client: redis.Redis) -> str:
+def server_name(client: redis.Redis) -> str:
     """Host and port, or the socket: never the URL, which may hold a password."""
     where = client.connection_pool.connection_kwargs
     return str(where.get("path") or f"{where.get('host', 'localhost')}:{where.get('port', 6379)}")

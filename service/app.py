@@ -16,7 +16,7 @@ from starlette.responses import Response
 from service.errors import ProblemResponse
 from service.metrics import Metrics
 from service.middleware import RequestContext
-from service.routes import classify, importance, status
+from service.routes import classify, importance, ranking, status
 from service.routes.documentation import with_example
 from service.runtime import Runtime
 from service.settings import Settings
@@ -41,14 +41,15 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        await app.state.runtime.start()
+        if not app.state.runtime.started:  # 'igd serve' starts it before uvicorn
+            await app.state.runtime.start()
         yield
         await app.state.runtime.stop()
 
     # The offline variant brings the page's scripts along: a security service loads nothing from elsewhere.
     app: FastAPI = FastAPIOffline(title="IG-Defense", version="0.1.0", description=DESCRIPTION, lifespan=lifespan)
     app.state.runtime = Runtime(settings, metrics)
-    for module in (classify, importance, status):
+    for module in (classify, importance, ranking, status):
         app.include_router(module.router)
     app.add_middleware(RequestContext, metrics=metrics, max_body_bytes=settings.max_body_bytes)
     app.add_exception_handler(HTTPException, _http_problem)  # type: ignore[arg-type]
@@ -63,7 +64,7 @@ def _http_problem(request: Request, error: HTTPException) -> Response:
         detail = f"nothing is at {request.url.path}; see /docs"
     headers = dict(error.headers or {})
     if error.status_code == 405:
-        detail = f"{request.method} is not allowed at {request.url.path}; use {headers.get('allow', 'another method')}"
+        detail = f"{request.method} is not allowed at {request.url.path}; use {headers.get('Allow', 'another method')}"
     return ProblemResponse(error.status_code, detail, headers, request_id=request.state.request_id)
 
 

@@ -9,7 +9,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import CancelledError, Executor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil
@@ -54,6 +54,7 @@ class Batcher(Generic[Group, Item, Result]):
         self._run_batch, self._device, self._on_death = run_batch, device, on_death
         self.max_batch_size, self.max_queue = max_batch_size, max_queue
         self._queue: deque[_Waiting[Group, Item, Result]] = deque()
+        self._taken: list[_Waiting[Group, Item, Result]] = []
         self._wake = asyncio.Event()
         self._dispatcher: asyncio.Task[None] | None = None
         self._draining = False
@@ -122,19 +123,24 @@ class Batcher(Generic[Group, Item, Result]):
         waiting = [_Waiting[Group, Item, Result](group, item, loop.create_future()) for item in items]
         self._queue.extend(waiting)
         self._wake.set()
-        return await asyncio.gather(*(w.answer for w in waiting))
+        try:
+            return await asyncio.gather(*(w.answer for w in waiting))
+        finally:
+            for w in waiting:  # where one failed, nobody will read the others
+                w.answer.cancel()
 
     async def _dispatch(self) -> None:
         while True:
             await self._wake.wait()
-            if batch := self._take():
-                await self._run(batch)
+            self._take()
+            if self._taken:
+                await self._run(self._taken)
             else:
                 self._wake.clear()
 
-    def _take(self) -> list[_Waiting[Group, Item, Result]]:
-        """The oldest items that are still wanted, all of one group."""
-        batch: list[_Waiting[Group, Item, Result]] = []
+    def _take(self) -> None:
+        """Take the oldest items that are still wanted, all of one group."""
+        batch = self._taken = []
         while self._queue and len(batch) < self.max_batch_size:
             if self._queue[0].answer.done():  # its caller left
                 self._queue.popleft()
@@ -142,7 +148,6 @@ class Batcher(Generic[Group, Item, Result]):
                 break
             else:
                 batch.append(self._queue.popleft())
-        return batch
 
     async def _run(self, batch: list[_Waiting[Group, Item, Result]]) -> None:
         started = time.monotonic()
@@ -154,11 +159,9 @@ class Batcher(Generic[Group, Item, Result]):
                 return
             logger.exception("a batch of %d failed; trying its images one by one", len(batch))
             for one in batch:
-                await self._run([one])
+                if not one.answer.done():
+                    await self._run([one])
             return
-        except BaseException as error:
-            _fail(batch, error)
-            raise
         for w, result in zip(batch, results, strict=True):
             if not w.answer.done():
                 w.answer.set_result(result)
@@ -167,28 +170,33 @@ class Batcher(Generic[Group, Item, Result]):
 
     async def _on_device(self, batch: list[_Waiting[Group, Item, Result]]) -> Sequence[Result]:
         items = [w.item for w in batch]
-        results = await asyncio.get_running_loop().run_in_executor(self._device, self._run_batch, batch[0].group, items)
+        results = await asyncio.get_running_loop().run_in_executor(self._device, self._call, batch[0].group, items)
         if len(results) != len(items):
             raise RuntimeError(f"expected {len(items)} results of a batch, got {len(results)}")
         return results
 
+    def _call(self, group: Group, items: list[Item]) -> Sequence[Result]:
+        try:
+            return self._run_batch(group, items)
+        except (StopIteration, asyncio.CancelledError, CancelledError) as error:
+            # asyncio takes these for its own: the dispatcher would wait for ever, or end as if it had been told to.
+            raise RuntimeError(repr(error)) from error
+
     def _dispatcher_ended(self, task: "asyncio.Task[None]") -> None:
         error = None if task.cancelled() else task.exception()
         reason = NotReady(
-            "the server is shutting down; send the request again" if error is None else f"internal: {error}"
+            "the server is shutting down; send the request again"
+            if error is None
+            else f"the batch dispatcher died ({error!r}); send the request again when the server has restarted"
         )
-        _fail(list(self._queue), reason)
+        _fail([*self._taken, *self._queue], reason)
         self._queue.clear()
         if error is not None:
             logger.critical("the batch dispatcher died", exc_info=error)
             self._on_death(error)
 
 
-def _fail(batch: Sequence[_Waiting[Group, Item, Result]], error: BaseException) -> None:
-    # A future does not take StopIteration or a cancellation as its exception.
-    shown = (
-        error if isinstance(error, Exception) and not isinstance(error, StopIteration) else RuntimeError(repr(error))
-    )
+def _fail(batch: Sequence[_Waiting[Group, Item, Result]], error: Exception) -> None:
     for w in batch:
         if not w.answer.done():
-            w.answer.set_exception(shown)
+            w.answer.set_exception(error)

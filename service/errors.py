@@ -6,6 +6,8 @@
     ├── BadImage             400  not an image, or a damaged one
     ├── InvalidKey           401  no key, or a wrong one
     ├── Forbidden            403  the endpoint is switched off
+    ├── NotFound             404  no such thing
+    ├── Conflict             409  not in the state it is in
     ├── TooLarge             413  bytes, pixels or number of images
     ├── UnsupportedMediaType 415  a body this endpoint does not read
     ├── Unprocessable        422  well-formed, but not something that can be classified
@@ -51,6 +53,18 @@ class Forbidden(ServiceError):
     """The endpoint is switched off."""
 
     status = 403
+
+
+class NotFound(ServiceError):
+    """No such thing."""
+
+    status = 404
+
+
+class Conflict(ServiceError):
+    """Not possible in the state it is in."""
+
+    status = 409
 
 
 class TooLarge(ServiceError):

@@ -1,6 +1,8 @@
 """From the bytes of an image file to the pixels that the network takes. The bytes may be hostile."""
 
 import io
+import re
+import warnings
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +14,10 @@ from service.errors import BadImage, ServiceError, TooLarge, Unprocessable
 
 # Few decoders, few holes: the formats people send, and no others (no EPS, which runs Ghostscript).
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+MAX_JPEG_SCANS = 100  # as in libtiff; encoders write about 10
+_JPEG_SCAN = re.compile(rb"\xff\xda\x00(?:\x08\x01|\x0a\x02|\x0c\x03|\x0e\x04)")  # its header up to the components
+# Thousands of different ones from one file of a stranger's: no news for the log, and Python would keep each for ever.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 _DIRECT_MODES = {"L", "RGB", "1", "P", "CMYK", "YCbCr", "LAB", "HSV", "RGBX"}
 
 
@@ -33,30 +39,34 @@ def decode_image(data: bytes, config: InputConfig, *, max_pixels: int) -> NDArra
     """
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            _check_header(image, max_pixels)
-            image.load()
-            return to_pixels(_as_gray_or_rgb(ImageOps.exif_transpose(image)), config)
+            _check_header(image, data, max_pixels)
+            ImageOps.exif_transpose(image, in_place=True)  # a copy of 50 million pixels is 200 MB
+            return to_pixels(_as_gray_or_rgb(image), config)
     except ServiceError:
         raise
     except UnidentifiedImageError as error:
         raise BadImage(
             f"expected an image file ({', '.join(FORMATS)}), got {len(data)} other bytes; send the file itself"
         ) from error
-    except Image.DecompressionBombError as error:
-        raise TooLarge(f"{error}; send a smaller image") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise TooLarge(f"expected at most {max_pixels} pixels, got many more; send a smaller image") from error
     except Exception as error:
         raise BadImage(f"the image is damaged ({type(error).__name__}: {error}); send an intact file") from error
 
 
-def _check_header(image: Image.Image, max_pixels: int) -> None:
+def _check_header(image: Image.Image, data: bytes, max_pixels: int) -> None:
     if image.width * image.height > max_pixels:
         raise TooLarge(
             f"expected at most {max_pixels} pixels, got {image.width} x {image.height}; send a smaller image, "
             "or raise IGD_MAX_PIXELS"
         )
     # An MPO is a JPEG with previews of itself in it; of an animation, an attacker could choose the frame we look at.
-    if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
-        raise Unprocessable(f"expected a still image, got {image.n_frames} frames; send the frame you mean")  # type: ignore[attr-defined]
+    # Not n_frames: to count the pages of a TIFF takes Pillow a time that grows with their square.
+    if image.format != "MPO" and getattr(image, "is_animated", False):
+        raise Unprocessable("expected a still image, got several frames or pages; send the one you mean")
+    # Each scan of a progressive JPEG, 80 bytes, is a pass over all pixels: a megabyte of them would take minutes.
+    if image.format in ("JPEG", "MPO") and len(_JPEG_SCAN.findall(data)) > MAX_JPEG_SCANS:
+        raise Unprocessable(f"expected a JPEG of at most {MAX_JPEG_SCANS} scans; save it anew")
 
 
 def _as_gray_or_rgb(image: Image.Image) -> Image.Image:
@@ -64,7 +74,7 @@ def _as_gray_or_rgb(image: Image.Image) -> Image.Image:
         return Image.fromarray(np.round(np.asarray(image).astype(np.float32) / 257).astype(np.uint8))
     if image.has_transparency_data:
         background = Image.new("RGBA", image.size, "white")
-        background.alpha_composite(image.convert("RGBA"))
+        background.alpha_composite(image if image.mode == "RGBA" else image.convert("RGBA"))
         return background.convert("RGB")
     if image.mode not in _DIRECT_MODES:
         raise Unprocessable(f"expected 8- or 16-bit pixels, got mode {image.mode}; convert the image to 8-bit RGB")

@@ -11,6 +11,7 @@ import uuid
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from defense import DefenseError
 from importance_store import (
     CorruptImportance,
     NoActiveImportance,
@@ -24,7 +25,8 @@ from service.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
-_STORE_PROBLEMS: list[tuple[type[StoreError], int]] = [
+_KNOWN_PROBLEMS: list[tuple[type[Exception], int]] = [
+    (DefenseError, 422),
     (VersionNotFound, 404),
     (NoActiveImportance, 404),
     (VersionConflict, 409),
@@ -66,8 +68,10 @@ class RequestContext:
         try:
             self._check_length(headers.get(b"content-length"))
             await self.app(scope, _limited(receive, self.max_body_bytes), send_with_id)
+        except ClientDisconnect:
+            pass  # nobody is there to be answered
         except Exception as error:
-            if not isinstance(error, ServiceError | StoreError | ClientDisconnect):
+            if not isinstance(error, ServiceError | StoreError | DefenseError):
                 logger.exception("request %s failed", request_id)
             if status:  # the answer has begun, there is no other to give
                 raise
@@ -85,7 +89,7 @@ def problem_of(error: Exception, request_id: str) -> ProblemResponse:
     """The problem that a client is told; of a bug, no more than where to look for it."""
     if isinstance(error, ServiceError):
         return ProblemResponse(error.status, error.detail, error.headers, request_id=request_id)
-    for kind, status in _STORE_PROBLEMS:
+    for kind, status in _KNOWN_PROBLEMS:
         if isinstance(error, kind):
             headers = {"Retry-After": "1"} if status == 503 else {}
             return ProblemResponse(status, str(error), headers, request_id=request_id)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from starlette.requests import HTTPConnection
 
-from defense import DefenseError, load_importance
+from defense import DefenseError, check_dataset, load_importance
 from importance_store import (
     ChangeWatcher,
     ConnectedStore,
@@ -20,14 +20,17 @@ from importance_store import (
     StoreError,
     StoreUnavailable,
     VersionConflict,
-    open_store,
 )
 from service.batching import Batcher
 from service.errors import NotReady
 from service.images import decode_image
+from service.jobs import RankingJobs
 from service.metrics import Metrics
 from service.predictor import Pixels, Predictor, ServedDefense
+from service.schemas import RankRequest
 from service.settings import Settings
+from service.stores import store_of
+from service.worker import WorkerSupervisor
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +51,10 @@ class Runtime:
         self._decoders = ThreadPoolExecutor(settings.decode_threads, "decode")
         self._store: ConnectedStore | None = None
         self._watcher: ChangeWatcher | None = None
+        self._supervisor: WorkerSupervisor | None = None
+        self._jobs: RankingJobs | None = None
         self._opening: asyncio.Task[None] | None = None
+        self.started = False
         self.served: ServedDefense | None = None
         self.active_version: str | None = None
         self.problem: str | None = "no importance has been loaded yet"
@@ -65,6 +71,27 @@ class Runtime:
         if self._store is None:
             raise NotReady(f"the importance store cannot be reached ({self.problem}); start it or check IGD_REDIS_URL")
         return self._store
+
+    @property
+    def jobs(self) -> RankingJobs:
+        """The ranking jobs.
+
+        Raises:
+            NotReady: the store they wait in could not be reached yet.
+        """
+        if self._jobs is None:
+            raise NotReady(f"the job queue cannot be reached ({self.problem}); start it or check IGD_REDIS_URL")
+        return self._jobs
+
+    def check_rank_request(self, request: RankRequest) -> None:
+        """Refuse at once what a worker would only find out later.
+
+        Raises:
+            DefenseError: no such dataset or layer.
+        """
+        check_dataset(request.dataset, self.settings.datasets)
+        if request.layer is not None:
+            self.predictor.split.find_layer(request.layer)
 
     @property
     def defense(self) -> ServedDefense:
@@ -84,6 +111,7 @@ class Runtime:
             DefenseError: the model directory cannot be served.
             StoreError: the store refuses us, which waiting will not mend.
         """
+        self.started = True
         settings = self.settings
         load = partial(Predictor, settings.model, device=settings.device, threads=settings.threads)
         self.predictor = await asyncio.get_running_loop().run_in_executor(self._device, load)
@@ -130,11 +158,7 @@ class Runtime:
         return list(self.predictor.predict(defense, pixels))
 
     def _open_store(self) -> None:
-        settings = self.settings
-        url = settings.redis_url.get_secret_value() if settings.redis_url else None
-        store = open_store(
-            redis_url=url, data_dir=settings.data_dir, model=self.predictor.config.name, history=settings.history
-        )
+        store = store_of(self.settings)
         try:
             self._publish_bundled_importance(store)
             self._activate(store, store.active_version())
@@ -142,8 +166,13 @@ class Runtime:
             store.close()
             raise
         self._store = store
+        self._store_is_up(True)
         self._watcher = store.watch(on_change=partial(self._activate, store), on_store_up=self._store_is_up)
         self._watcher.start()
+        self._jobs = RankingJobs(store.new_client(), store.model)
+        if self.settings.worker and self._supervisor is None:
+            self._supervisor = WorkerSupervisor(self.settings.environment())
+            self._supervisor.start()
 
     async def _keep_opening_store(self) -> None:
         while True:
@@ -156,6 +185,8 @@ class Runtime:
                 return self._die(error)
 
     def _close_store(self) -> None:
+        if self._supervisor:
+            self._supervisor.stop()
         if self._watcher:
             self._watcher.stop()
         if self._store:

@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Any
+from enum import StrEnum
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 
 class ClassifyRequest(BaseModel):
@@ -106,6 +107,62 @@ class ImportanceListResponse(BaseModel):
     store_up: bool
     problem: str | None = Field(None, description="why this replica does not serve the active version")
     versions: list[VersionResponse]
+
+
+class RankRequest(BaseModel):
+    """What to rank, and what to do with the ranking."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    method: Literal["lo-ir", "lo-ir-signed", "cd-ir"] = "lo-ir"
+    dataset: str = Field("probe", description="a name from IGD_DATASETS, or 'probe': the model directory's own")
+    layer: str | None = Field(None, description="the split layer; model.toml's by default")
+    images_per_class: Annotated[int, Field(ge=1)] | None = Field(None, description="a seeded balanced draw; null: all")
+    activate: bool = Field(True, description="serve it at once, on every replica")
+    force: bool = Field(False, description="activate it even if it cannot tell classes apart")
+
+
+class JobState(StrEnum):
+    """Where a ranking job is in its life."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    INTERRUPTED = "interrupted"
+
+
+class JobProgress(BaseModel):
+    """How far a job is."""
+
+    done: int = Field(0, description="images done, of all passes")
+    total: int | None = None
+    rate: float | None = Field(None, description="images a second")
+    eta_s: float | None = Field(None, description="seconds left at this rate")
+
+
+class RankingJob(BaseModel):
+    """A ranking job as the API shows it."""
+
+    id: str
+    state: JobState
+    progress: JobProgress
+    error: str | None = Field(None, description="why it failed, in a sentence")
+    version: str | None = Field(None, description="the importance version it published")
+    activated: bool | None = None
+    notes: list[str] = Field(default_factory=list, description="what the guards found, what was skipped")
+    log: list[str] = Field(default_factory=list, description="the last lines of its log")
+    request: RankRequest
+    created_at: datetime
+    started_at: datetime | None = None
+    ended_at: datetime | None = None
+
+
+class RankingJobList(BaseModel):
+    """The jobs, newest first."""
+
+    jobs: list[RankingJob]
 
 
 class NeuronScore(BaseModel):

@@ -5,7 +5,7 @@ import shlex
 import signal
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import uvicorn
 
@@ -23,11 +23,14 @@ class Server(uvicorn.Server):
 
     def serve_until_stopped(self) -> int:
         """Run; returns the process's exit code: 0 after an orderly stop, 1 if it could not start or died of a bug."""
-        self.run()
+        with suppress(SystemExit):  # uvicorn's way to say that the port is taken
+            self.run()
         return 0 if self.started and self._runtime.fatal is None else 1
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen, and say so."""
+        """Start everything, listen, and say so."""
+        # Not left to the lifespan: what is raised here becomes one sentence of the command line, there a traceback.
+        await self._runtime.start()
         await super().startup(sockets)
         if self.started:
             print(banner(self._runtime, self._address()), flush=True)

@@ -1,5 +1,6 @@
 """Settings: ``IGD_*`` variables, and ``igd serve`` flags of the same names. Nothing else reads the environment."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -44,7 +45,16 @@ class Settings(BaseSettings):
     drain_s: float = Field(30.0, gt=0, description="Seconds to answer what was admitted after SIGTERM.")
     max_images: Positive = Field(256, description="Images in one request.")
     max_body_mb: float = Field(32.0, gt=0, description="Megabytes in one request body.")
-    max_pixels: Positive = Field(50_000_000, description="Pixels of one image, read from its header before decoding.")
+    max_pixels: Positive = Field(
+        50_000_000,
+        le=178_956_970,  # where Pillow refuses by itself
+        description="Pixels of one image, read from its header before decoding.",
+    )
+    datasets: Path | None = Field(None, description="TOML file of probe datasets that rankings may name.")
+    worker: bool = Field(True, description="Run a ranking worker beside the server; with --no-worker, elsewhere.")
+    worker_threads: int = Field(
+        default_factory=lambda: max(1, (os.cpu_count() or 1) // 2), ge=1, description="CPU threads of a ranking."
+    )
     log_level: str = Field("info", pattern="^(?i:debug|info|warning|error)$", description="debug to error.")
 
     @field_validator("api_keys", mode="before")
@@ -61,6 +71,13 @@ class Settings(BaseSettings):
     @property
     def max_body_bytes(self) -> int:
         return int(self.max_body_mb * 1_000_000)
+
+    def environment(self) -> dict[str, str]:
+        """The environment for a process that is to have the same settings; secrets stay out of its command line."""
+        plain = self.model_dump(exclude_none=True, exclude_defaults=True)
+        secrets = {name: value.get_secret_value() for name, value in plain.items() if isinstance(value, SecretStr)}
+        values = {name: value for name, value in plain.items() if name not in secrets and name != "api_keys"}
+        return os.environ | {f"IGD_{name.upper()}": str(value) for name, value in (values | secrets).items()}
 
     def required_admin_key(self) -> str:
         """The admin key.

@@ -10,6 +10,7 @@ from typing import Annotated, Any, TypeVar
 from fastapi import APIRouter, Depends, Query
 from pydantic import ValidationError
 from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 
@@ -105,19 +106,30 @@ async def read_image_files(request: Request, *, max_images: int) -> list[bytes]:
             f"'{media_type or 'none'}'; with curl: -H 'Content-Type: image/png' --data-binary @image.png"
         )
     if len(files) > max_images:
-        raise TooLarge(f"expected at most {max_images} images in a request, got {len(files)}; send several requests")
+        raise _too_many(max_images)
     return files
 
 
+def _too_many(max_images: int) -> TooLarge:
+    return TooLarge(f"expected at most {max_images} images in a request, got more; send several requests")
+
+
 async def _files_of_form(request: Request, max_images: int) -> list[bytes]:
-    async with request.form(max_files=max_images + 1) as form:
-        uploads = form.getlist("images")
-        if not uploads or not all(isinstance(upload, UploadFile) for upload in uploads):
-            raise Unprocessable(
-                f"expected one or more files in the multipart field 'images', got the fields {sorted(set(form))}; "
-                "with curl: -F images=@image.png"
-            )
-        return [await upload.read() for upload in uploads if isinstance(upload, UploadFile)]
+    try:
+        async with request.form(max_files=max_images) as form:
+            uploads = form.getlist("images")
+            if not uploads or not all(isinstance(upload, UploadFile) for upload in uploads):
+                raise Unprocessable(
+                    f"expected one or more files in the multipart field 'images', got the fields {sorted(set(form))}; "
+                    "with curl: -F images=@image.png"
+                )
+            return [await upload.read() for upload in uploads if isinstance(upload, UploadFile)]
+    except HTTPException as error:  # of starlette's parser
+        if error.detail.startswith("Too many files"):
+            raise _too_many(max_images) from error
+        raise
+    except UnicodeError as error:
+        raise Unprocessable(f"expected names in the charset of the Content-Type, got others: {error}") from error
 
 
 def _files_of_json(body: bytes) -> list[bytes]:

@@ -108,6 +108,8 @@ def importance_dictionary(
 ) -> dict[str, list[dict[str, Any]]]:
     """For each class label its ``top_k`` most important neurons, best first."""
     top_k = min(top_k, importance.num_neurons)
+    if len(labels) != importance.num_classes:  # it was made for another model
+        labels = tuple(map(str, range(importance.num_classes)))
     names = importance.class_names or labels
     scores, neurons = importance.scores.sort(dim=1, descending=True, stable=True)
     return {

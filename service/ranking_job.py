@@ -1,0 +1,130 @@
+"""What a worker does for a ranking job: load, rank, publish. Runs in a process of its own, at low priority."""
+
+import logging
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rq import get_current_job
+
+from defense import (
+    DefenseError,
+    ImportanceMismatch,
+    NeuronImportance,
+    load_classifier,
+    model_digest,
+    open_probe_set,
+    rank_neurons,
+    read_config,
+)
+from importance_store import ConnectedStore, StoreError, StoreUnavailable, VersionConflict
+from service.job_keys import JobKeys
+from service.job_report import JobReport
+from service.schemas import RankRequest
+from service.settings import Settings
+from service.stores import store_of
+
+logger = logging.getLogger(__name__)
+
+PUBLISH_PATIENCE_S = 120.0
+MAX_SKIPS_TOLD = 20
+
+
+def run(request: dict[str, Any], model_digest: str, expected_active: str | None) -> dict[str, Any]:
+    """Rank, publish, activate; the function that RQ calls.
+
+    Returns:
+        ``version``, ``activated`` and ``notes``; or ``error``, a sentence. In both cases ``log``, its last lines.
+        Nothing is raised: for RQ, a job fails only when its process dies, and is then taken up again.
+    """
+    job, settings = get_current_job(), Settings()
+    if job is None:
+        raise RuntimeError("service.ranking_job.run is to be called by an RQ worker")
+    torch.set_num_threads(settings.worker_threads)
+    with JobReport(job.connection, JobKeys(read_config(settings.model).name), job.id) as report:
+        try:
+            task = RankingTask(settings, RankRequest.model_validate(request), job.id, model_digest, expected_active)
+            result = task.rank_and_publish(report)
+        except (DefenseError, StoreError) as error:
+            logger.error("failed: %s", error)
+            result = {"error": str(error)}
+        except Exception as error:
+            logger.exception("failed unexpectedly")
+            result = {"error": f"an unexpected {type(error).__name__}: {error}; the log has the traceback"}
+    return result | {"log": list(report.log)}
+
+
+@dataclass(frozen=True)
+class RankingTask:
+    """One job's ranking.
+
+    Attributes:
+        model_digest: the weights that were to be ranked. expected_active: the version that was active at submission.
+    """
+
+    settings: Settings
+    request: RankRequest
+    job_id: str
+    model_digest: str
+    expected_active: str | None
+
+    def rank_and_publish(self, report: JobReport) -> dict[str, Any]:
+        """The whole job.
+
+        Raises:
+            DefenseError: the ranking failed. StoreError: it could not be published.
+        """
+        self._check_weights()
+        settings, request = self.settings, self.request
+        probe = open_probe_set(
+            request.dataset, settings.model, datasets_file=settings.datasets, images_per_class=request.images_per_class
+        )
+        checkpoint = settings.data_dir / "checkpoints" / f"{self.job_id}.safetensors"
+        importance = rank_neurons(
+            settings.model,
+            probe,
+            method=request.method,
+            layer=request.layer,
+            checkpoint=checkpoint,
+            cache_dir=settings.data_dir / "clip-features",
+            progress=report.progress,
+        )
+        notes = [*importance.warnings, *(f"skipped {skip}" for skip in probe.skipped[:MAX_SKIPS_TOLD])]
+        version, activated = self._publish_patiently(importance, notes)
+        checkpoint.unlink(missing_ok=True)
+        return {"version": version, "activated": activated, "notes": notes}
+
+    def _check_weights(self) -> None:
+        found = model_digest(load_classifier(self.settings.model))
+        if found != self.model_digest:
+            raise ImportanceMismatch(
+                f"the weights in {self.settings.model} changed since the job was submitted: expected "
+                f"{self.model_digest}, found {found}; submit it again"
+            )
+
+    def _publish_patiently(self, importance: NeuronImportance, notes: list[str]) -> tuple[str, bool]:
+        """Wait for a store that is away: the ranking is not thrown away."""
+        activate = self.request.activate
+        if activate and importance.degenerate and not self.request.force:
+            notes.append(f"not activated, the ranking is degenerate: {importance.degenerate}; 'force' activates it")
+            activate = False
+        give_up = time.monotonic() + PUBLISH_PATIENCE_S
+        while True:
+            try:
+                with store_of(self.settings) as store:
+                    return self._publish(store, importance, activate, notes)
+            except StoreUnavailable:
+                if time.monotonic() > give_up:
+                    raise
+                logger.warning("the store is away; the ranking is published as soon as it is back")
+                time.sleep(1)
+
+    def _publish(
+        self, store: ConnectedStore, importance: NeuronImportance, activate: bool, notes: list[str]
+    ) -> tuple[str, bool]:
+        try:
+            return store.publish(importance, activate=activate, expected_active=self.expected_active), activate
+        except VersionConflict as conflict:
+            notes.append(f"published, but not activated, because another version was activated meanwhile: {conflict}")
+            return store.publish(importance, activate=False), False
