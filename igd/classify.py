@@ -8,13 +8,14 @@ from rich.console import Console
 from rich.table import Table
 
 from defense import ImportanceError, load_importance
-from igd.options import DataDir, Model, RedisUrl, settings_of, store_of
+from igd.options import DataDir, Model, RedisUrl, settings_of
 from importance_store import LoadedImportance
 from service.errors import ServiceError
 from service.images import decode_image
 from service.predictor import Predictor
 from service.schemas import prediction_json
 from service.settings import Settings
+from service.stores import store_of
 
 
 def classify(

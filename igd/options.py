@@ -6,8 +6,6 @@ from typing import Annotated
 import typer
 from pydantic import ValidationError
 
-from defense import read_config
-from importance_store import ConnectedStore, open_store
 from service.settings import Settings
 
 Model = Annotated[Path | None, typer.Option("--model", help="Model directory. [env: IGD_MODEL]")]
@@ -29,10 +27,3 @@ def settings_of(model: Path | None = None, redis_url: str | None = None, data_di
 def describe(error: ValidationError) -> str:
     """What is wrong with the settings, one sentence a setting."""
     return "; ".join(f"IGD_{str(e['loc'][0]).upper()}: {e['msg']}" if e["loc"] else e["msg"] for e in error.errors())
-
-
-def store_of(settings: Settings) -> ConnectedStore:
-    """The store of the settings' model, to be closed."""
-    url = settings.redis_url.get_secret_value() if settings.redis_url else None
-    name = read_config(settings.model).name
-    return open_store(redis_url=url, data_dir=settings.data_dir, model=name, history=settings.history)
