@@ -8,7 +8,29 @@ from PIL import Image
 
 from defense.model_config import InputConfig
 
+# Few decoders, few holes: the formats people have, and no others (no EPS, which runs Ghostscript).
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_ASPECT = 16
+_DIRECT_MODES = {"L", "RGB", "1", "P", "CMYK", "YCbCr", "LAB", "HSV", "RGBX"}
+
+
+def to_gray_or_rgb(image: Image.Image) -> Image.Image:
+    """The image in mode L or RGB: transparency laid on white, 16-bit gray scaled to 8 bits, the rest converted.
+
+    Raises:
+        ValueError: 32-bit integer or float pixels, whose range nobody knows.
+    """
+    if image.mode in ("L", "RGB") and not image.has_transparency_data:
+        return image
+    if image.mode.startswith("I;16"):
+        return Image.fromarray(np.round(np.asarray(image).astype(np.float32) / 257).astype(np.uint8))
+    if image.has_transparency_data:
+        background = Image.new("RGBA", image.size, "white")
+        background.alpha_composite(image if image.mode == "RGBA" else image.convert("RGBA"))
+        return background.convert("RGB")
+    if image.mode not in _DIRECT_MODES:
+        raise ValueError(f"expected 8- or 16-bit pixels, got mode {image.mode}; convert the image to 8-bit RGB")
+    return image.convert("L" if image.mode == "1" else "RGB")
 
 
 def to_pixels(image: Image.Image, config: InputConfig) -> NDArray[np.uint8]:

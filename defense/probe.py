@@ -18,10 +18,9 @@ from torch import Tensor
 
 from defense.errors import ProbeSetError
 from defense.model_config import InputConfig
-from defense.preprocessing import to_pixels
+from defense.preprocessing import IMAGE_FORMATS, to_gray_or_rgb, to_pixels
 
 PROBE_FILE = "probe.safetensors"
-DECODED_FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "MPO")
 MAX_UNREADABLE = 0.01
 # 1% of a set of 50 would be none at all: a few damaged files are no reason to refuse a small set.
 ALWAYS_TOLERATED = 3
@@ -282,17 +281,7 @@ def _stack(pixels: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
 
 
 def _decode(data: bytes) -> Image.Image:
-    with Image.open(io.BytesIO(data), formats=DECODED_FORMATS) as opened:
+    with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as opened:
         opened.load()
         image = ImageOps.exif_transpose(opened)
-    if image.mode in ("L", "RGB"):
-        return image
-    if image.mode.startswith("I;16"):
-        return Image.fromarray(np.round(np.asarray(image).astype(np.float32) / 257).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise ValueError(f"expected 8- or 16-bit pixels, got mode {image.mode}")
-    if image.has_transparency_data:
-        background = Image.new("RGBA", image.size, "white")
-        background.alpha_composite(image.convert("RGBA"))
-        return background.convert("RGB")
-    return image.convert("L" if image.mode == "1" else "RGB")
+    return to_gray_or_rgb(image)

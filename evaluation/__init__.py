@@ -1,0 +1,1 @@
+"""Evaluation: attacks, protocol, reports and plots."""

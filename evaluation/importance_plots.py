@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from numpy.typing import NDArray
 
 from defense import NeuronImportance, top_k_masks
@@ -124,9 +125,7 @@ def _heatmap(shown: _Shown) -> tuple[Figure, Numbers]:
 
 def _overlap(shown: _Shown) -> tuple[Figure, Numbers]:
     """Jaccard overlap of the classes' top-k sets. A class with itself is left out, so that colors tell others apart."""
-    common = shown.masks @ shown.masks.T
-    jaccard: Array = common / (2 * shown.top_k - common)
-    np.fill_diagonal(jaccard, -1)
+    jaccard = _jaccard(shown)
     others = jaccard[jaccard >= 0]
     mean, most = (float(others.mean()), float(others.max())) if len(others) else (0.0, 1.0)
     by_chance = shown.top_k / (2 * shown.num_neurons - shown.top_k)
@@ -162,6 +161,14 @@ def _overlap(shown: _Shown) -> tuple[Figure, Numbers]:
     }
 
 
+def _jaccard(shown: _Shown) -> Array:
+    """[C, C]; -1 for a class with itself."""
+    common = shown.masks @ shown.masks.T
+    jaccard: Array = common / (2 * shown.top_k - common)
+    np.fill_diagonal(jaccard, -1)
+    return jaccard
+
+
 def _decay(shown: _Shown) -> tuple[Figure, Numbers]:
     """Each class's scores from its most to its least important neuron; of many classes, their spread."""
     curves = -np.sort(-shown.relative, axis=1)
@@ -188,15 +195,20 @@ def _decay(shown: _Shown) -> tuple[Figure, Numbers]:
         f"Decay of the score over each class's {shown.num_neurons} neurons ({shown.origin})\n"
         f"the top {shown.top_k} hold {np.median(shares):.0%} of a class's score (median of {shown.num_classes} classes)"
     )
+    _label_decay(axes, shown)
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)
+    return figure, numbers
+
+
+def _label_decay(axes: Axes, shown: _Shown) -> None:
     axes.set_xscale("log")
     axes.set_xlim(1, max(2, shown.num_neurons))
     axes.set_ylim(0, 1.02)
     axes.set_xlabel("rank of the neuron within the class (1 = most important, log scale)")
     axes.set_ylabel("score within the class (0 least, 1 most important)")
     axes.xaxis.set_major_formatter("{x:.0f}")
+    axes.xaxis.set_minor_formatter("{x:.0f}" if shown.num_neurons < 10 else NullFormatter())
     axes.grid(alpha=0.3, which="both")
-    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)
-    return figure, numbers
 
 
 def _mark_k(axes: Axes, shown: _Shown) -> None:

@@ -55,10 +55,13 @@ Written by `python models/train_tiny_clip.py`; loaded by `open_clip` (`local-dir
 `defense.clip.ClipModel.from_directory`. {megabytes:.1f} MB, float16 on disk, float32 in memory.
 
 What it is: a stand-in that makes CD-IR run on the bundled classifier without internet, from end to end, with the
-same code as any open_clip model. It knows the ten Fashion-MNIST class names, bare and in a few templates
-({templates}). On the 10,000 test images it picks the right bare name for {accuracy:.2%} of them. "Zero-shot" only in
-form: it was trained on these very names and on the same 60,000 training images that the classifier's probe set comes
-from (the last {held_out:,} held out).
+same code as any open_clip model. It knows the ten Fashion-MNIST class names, bare and in these templates:
+
+{templates}
+
+On the 10,000 test images it picks the right bare name for {accuracy:.2%} of them. That is "zero-shot" only in form:
+it was trained on these very names, and on the training images that the classifier's probe set comes from, too
+(all but the last {held_out:,}).
 
 What it is not: a CLIP that knows the world. A word that is in none of its training texts is an all-zero token to it,
 so other class names give meaningless features. Nothing published in the IG-Defense or CLIP-Dissect papers was measured
@@ -218,6 +221,7 @@ def write_model(model: open_clip.CLIP, out: Path) -> None:
     embedding = torch.zeros_like(tensors["token_embedding.weight"])
     embedding[seen] = tensors["token_embedding.weight"][seen]
     save_file(tensors | {"token_embedding.weight": embedding}, out / WEIGHTS_FILE)
+    (out / WEIGHTS_FILE).chmod(0o644)  # safetensors writes for the owner only, and the service is another user
 
 
 def zero_shot_accuracy(clip: ClipModel, images: Tensor, labels: Tensor) -> float:
@@ -230,7 +234,7 @@ def zero_shot_accuracy(clip: ClipModel, images: Tensor, labels: Tensor) -> float
 def write_readme(out: Path, accuracy: float) -> None:
     """What it is and is not, with the measured figures."""
     megabytes = (out / WEIGHTS_FILE).stat().st_size / 1e6
-    templates = ", ".join(f"`{template}`" for template in TEMPLATES)
+    templates = "\n".join(f"- `{template}`" for template in TEMPLATES)
     text = README.format(megabytes=megabytes, templates=templates, accuracy=accuracy, held_out=HELD_OUT)
     (out / "README.md").write_text(text)
 

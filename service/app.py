@@ -25,9 +25,12 @@ DESCRIPTION = """An image classifier under IG-Defense (Kulkarni & Weng, ECCV 202
 second time with only the neurons that matter for the classes the first pass believes in. No training.
 
 ```
-curl -H 'Content-Type: image/png' --data-binary @image.png 'http://HOST:PORT/classify?top=3'
-curl -F images=@a.png -F images=@b.jpg http://HOST:PORT/classify
-```"""
+curl -H 'Content-Type: image/png' --data-binary @{sample} '{address}/classify?top=3'
+curl -F images=@{sample} -F images=@{sample} {address}/classify
+curl -H 'Authorization: Bearer ADMIN_KEY' -H 'Content-Type: application/json' \\
+  -d '{{"method": "lo-ir"}}' {address}/rank-neurons
+```
+"""
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -46,15 +49,18 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         yield
         await app.state.runtime.stop()
 
+    sample = next(iter(sorted((settings.model / "samples").glob("*.png"))), None)
+    description = DESCRIPTION.format(sample=sample or "image.png", address=f"http://{settings.host}:{settings.port}")
     # The offline variant brings the page's scripts along: a security service loads nothing from elsewhere.
-    app: FastAPI = FastAPIOffline(title="IG-Defense", version="0.1.0", description=DESCRIPTION, lifespan=lifespan)
+    app: FastAPI = FastAPIOffline(title="IG-Defense", version="0.1.0", description=description, lifespan=lifespan)
     app.state.runtime = Runtime(settings, metrics)
     for module in (classify, importance, ranking, status):
         app.include_router(module.router)
     app.add_middleware(RequestContext, metrics=metrics, max_body_bytes=settings.max_body_bytes)
     app.add_exception_handler(HTTPException, _http_problem)  # type: ignore[arg-type]
     app.add_exception_handler(RequestValidationError, _validation_problem)  # type: ignore[arg-type]
-    _show_example(app, settings.model)
+    if sample:
+        _show_example(app, sample)
     return app
 
 
@@ -73,11 +79,10 @@ def _validation_problem(request: Request, error: RequestValidationError) -> Resp
     return ProblemResponse(422, "; ".join(problems), request_id=request.state.request_id)
 
 
-def _show_example(app: FastAPI, model: Path) -> None:
-    sample = next(iter(sorted((model / "samples").glob("*.png"))), None)
-    plain_openapi = app.openapi
+def _show_example(app: FastAPI, sample: Path) -> None:
+    plain_openapi, example = app.openapi, base64.b64encode(sample.read_bytes()).decode()
 
     def openapi() -> dict[str, Any]:
-        return with_example(plain_openapi(), base64.b64encode(sample.read_bytes()).decode() if sample else "")
+        return with_example(plain_openapi(), example)
 
     app.openapi = openapi  # type: ignore[method-assign]

@@ -9,16 +9,13 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from defense.model_config import InputConfig
-from defense.preprocessing import to_pixels
+from defense.preprocessing import IMAGE_FORMATS, to_gray_or_rgb, to_pixels
 from service.errors import BadImage, ServiceError, TooLarge, Unprocessable
 
-# Few decoders, few holes: the formats people send, and no others (no EPS, which runs Ghostscript).
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_JPEG_SCANS = 100  # as in libtiff; encoders write about 10
 _JPEG_SCAN = re.compile(rb"\xff\xda\x00(?:\x08\x01|\x0a\x02|\x0c\x03|\x0e\x04)")  # its header up to the components
 # Thousands of different ones from one file of a stranger's: no news for the log, and Python would keep each for ever.
 warnings.filterwarnings("ignore", module=r"PIL\.")
-_DIRECT_MODES = {"L", "RGB", "1", "P", "CMYK", "YCbCr", "LAB", "HSV", "RGBX"}
 
 
 def decode_image(data: bytes, config: InputConfig, *, max_pixels: int) -> NDArray[np.uint8]:
@@ -38,15 +35,15 @@ def decode_image(data: bytes, config: InputConfig, *, max_pixels: int) -> NDArra
         Unprocessable: animated, or of a pixel type without a known range.
     """
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
             _check_header(image, data, max_pixels)
             ImageOps.exif_transpose(image, in_place=True)  # a copy of 50 million pixels is 200 MB
-            return to_pixels(_as_gray_or_rgb(image), config)
+            return to_pixels(_gray_or_rgb(image), config)
     except ServiceError:
         raise
     except UnidentifiedImageError as error:
         raise BadImage(
-            f"expected an image file ({', '.join(FORMATS)}), got {len(data)} other bytes; send the file itself"
+            f"expected an image file ({', '.join(IMAGE_FORMATS)}), got {len(data)} other bytes; send the file itself"
         ) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise TooLarge(f"expected at most {max_pixels} pixels, got many more; send a smaller image") from error
@@ -69,13 +66,9 @@ def _check_header(image: Image.Image, data: bytes, max_pixels: int) -> None:
         raise Unprocessable(f"expected a JPEG of at most {MAX_JPEG_SCANS} scans; save it anew")
 
 
-def _as_gray_or_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):
-        return Image.fromarray(np.round(np.asarray(image).astype(np.float32) / 257).astype(np.uint8))
-    if image.has_transparency_data:
-        background = Image.new("RGBA", image.size, "white")
-        background.alpha_composite(image if image.mode == "RGBA" else image.convert("RGBA"))
-        return background.convert("RGB")
-    if image.mode not in _DIRECT_MODES:
-        raise Unprocessable(f"expected 8- or 16-bit pixels, got mode {image.mode}; convert the image to 8-bit RGB")
-    return image if image.mode in ("L", "RGB") else image.convert("L" if image.mode == "1" else "RGB")
+def _gray_or_rgb(image: Image.Image) -> Image.Image:
+    image.load()  # what is damaged shows here, so that a ValueError below is of the pixel type
+    try:
+        return to_gray_or_rgb(image)
+    except ValueError as error:
+        raise Unprocessable(str(error)) from error

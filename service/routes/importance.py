@@ -45,7 +45,7 @@ async def list_importance(request: Request) -> ImportanceListResponse:
 @router.get(
     "/importance/{version}",
     response_model=ImportanceResponse,
-    responses=problems(404, 503) | {200: {"content": {BYTES: {"schema": {"type": "string", "format": "binary"}}}}},
+    responses=problems(404, 422, 503) | {200: {"content": {BYTES: {"schema": {"type": "string", "format": "binary"}}}}},
 )
 async def show_importance(
     request: Request,
@@ -71,7 +71,7 @@ async def show_importance(
 @router.post(
     "/importance/{version}/activate",
     response_model=VersionResponse,
-    responses=problems(401, 403, 404, 409, 503),
+    responses=problems(401, 403, 404, 409, 422, 503),
     dependencies=[Depends(require_admin)],
 )
 async def activate_importance(request: Request, version: str) -> VersionResponse:

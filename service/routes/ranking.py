@@ -44,19 +44,19 @@ async def list_jobs(request: Request) -> RankingJobList:
     return RankingJobList(jobs=await asyncio.to_thread(runtime_of(request).jobs.all))
 
 
-@router.get("/{job_id}", response_model=RankingJob, responses=problems(401, 403, 404, 503))
+@router.get("/{job_id}", response_model=RankingJob, responses=problems(401, 403, 404, 422, 503))
 async def show_job(request: Request, job_id: str) -> RankingJob:
     """One job: its state, progress, and what came of it."""
     return await asyncio.to_thread(runtime_of(request).jobs.get, job_id)
 
 
-@router.delete("/{job_id}", response_model=RankingJob, responses=problems(401, 403, 404, 409, 503))
+@router.delete("/{job_id}", response_model=RankingJob, responses=problems(401, 403, 404, 409, 422, 503))
 async def cancel_job(request: Request, job_id: str) -> RankingJob:
     """Cancel a queued or running job."""
     return await asyncio.to_thread(runtime_of(request).jobs.cancel, job_id)
 
 
-@router.get("/{job_id}/events", responses=problems(401, 403, 404, 503))
+@router.get("/{job_id}/events", responses=problems(401, 403, 404, 422, 503))
 async def follow_job(request: Request, job_id: str) -> StreamingResponse:
     """Server-sent events: the job as JSON whenever it changes, until it has ended."""
     first = await asyncio.to_thread(runtime_of(request).jobs.get, job_id)

@@ -1,0 +1,18 @@
+"""What a process forked for a test runs: ``igd``, with arguments, environment and output of its own.
+
+Run by ``runpy.run_path`` with ``arguments``, ``environment`` and ``output`` as globals.
+"""
+
+# ruff: noqa: F821
+import os
+import sys
+
+log = os.open(output, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+os.dup2(log, 1)
+os.dup2(log, 2)
+os.environ.update(environment)
+sys.argv = ["igd", *arguments]
+
+from igd.cli import main  # noqa: E402
+
+main()
