@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from defense import ImportanceError, load_importance
 from igd.options import DataDir, Model, RedisUrl, settings_of
@@ -30,7 +30,13 @@ def classify(
     defense = predictor.prepare(*_active_importance(settings, predictor.model_digest))
     labels = predictor.config.labels
 
-    table = Table("image", "undefended", "pseudo-label", "defended", caption=f"importance {defense.version}")
+    table = Table(
+        Column("image", overflow="fold"),
+        "undefended",
+        "pseudo-label",
+        "defended",
+        caption=f"importance {defense.version}",
+    )
     failed = False
     for path in images:
         try:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from defense import DefendedClassifier, NeuronImportance, SplitClassifier, load_classifier, read_config
 from defense.official_format import read_official, write_official
@@ -31,7 +31,7 @@ def list_versions(model: Model = None, redis_url: RedisUrl = None, data_dir: Dat
     """List the versions in the store, newest first."""
     with store_of(settings_of(model, redis_url, data_dir)) as store:
         versions = store.versions()
-    table = Table("version", "active", "method", "layer", "images", "created", "warnings")
+    table = Table(Column("version", no_wrap=True), "active", "method", "layer", "images", "created", "warnings")
     for v in versions:
         columns = ("method", "layer", "num_images", "created_at")
         warnings = v.metadata["warnings"]

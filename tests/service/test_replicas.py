@@ -102,14 +102,13 @@ def test_a_version_activated_on_one_replica_is_served_by_both_without_a_failed_r
     after = store.publish(store.load().importance, activate=False)
 
     with Traffic(replicas) as traffic:
-        until(lambda: len(traffic.answers) > 10, "traffic")
+        until(lambda: all(traffic.versions(replica) for replica in replicas), "traffic")
         activated = time.monotonic()
         assert replicas[0].post(f"/importance/{after}/activate", headers=ADMIN).status_code == 200
         for replica in replicas:
             until(lambda r=replica: served_by(r) == after, "the activation")
         elapsed = time.monotonic() - activated
-        done = len(traffic.answers)
-        until(lambda: len(traffic.answers) > done + 10, "more traffic")
+        until(lambda: all(after in traffic.versions(replica) for replica in replicas), "traffic under the new version")
 
     assert elapsed < ACTIVATION_S
     assert [traffic.versions(replica) for replica in replicas] == [{before, after}, {before, after}]
@@ -119,6 +118,7 @@ def test_predictions_go_on_while_redis_is_killed_and_its_return_is_noticed(redis
     before = store.active_version()
     after = store.publish(store.load().importance, activate=False)
     with Traffic(replicas) as traffic:
+        until(lambda: all(traffic.versions(replica) for replica in replicas), "traffic")
         redis.kill()
         for replica in replicas:
             until(lambda r=replica: store_up(r) == 0, "the loss being noticed")
@@ -196,6 +196,7 @@ def test_an_importance_of_other_weights_is_refused_and_the_old_one_goes_on(repli
 
     with active(store, other) as foreign, Traffic(replicas) as traffic:
         for replica in replicas:
+            until(lambda r=replica: traffic.versions(r), "traffic")
             until(lambda r=replica: r.get("/importance").json()["problem"], "the refusal")
             listed = replica.get("/importance").json()
             assert (listed["serving"], listed["active"]) == (before, foreign)
