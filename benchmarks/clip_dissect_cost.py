@@ -5,8 +5,8 @@
 Features are random: cost does not depend on their values. The loop (one neuron at a time, as the definition reads and
 the reference implementation does) is run for a few neurons and extrapolated to all of them: its fixed part (CLIP
 similarities, the top images of all neurons) once, its loop N / few times. Each side runs in processes of its own, the
-two in turn; the fastest of all its runs counts (noise only adds time) and its largest peak of resident memory. ``inputs``
-is the part of that peak that holds torch, the activations and the features.
+two in turn, on one thread, so that a busy machine does not decide; the fastest of all its runs counts (noise only adds
+time) and its largest peak of resident memory. ``inputs`` is the part of that peak before any scoring.
 ``--full``: 2048 neurons, 1000 classes, 50,000 images (ImageNet's validation set), which must fit in 8 GB.
 """
 
@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from measure import write_results
 from torch import Tensor
 
-from defense.clip_dissect import soft_wpmi
+from defense.similarities import soft_wpmi
 
 FEATURES = 512  # of CLIP ViT-B/16
 LITERAL_NEURONS = 32
@@ -88,6 +88,7 @@ SIDES: dict[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, float]]] = {
 
 
 def _measure(side: Callable[..., tuple[Tensor, float]], neurons: int, classes: int, images: int) -> Cost:
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     activations = torch.rand(images, neurons)
     features = torch.randn(images, FEATURES), torch.randn(classes, FEATURES)

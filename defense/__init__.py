@@ -3,15 +3,19 @@
 No HTTP, no Redis, no environment: everything takes arguments.
 """
 
+from defense.clip import ClipModel
+from defense.clip_dissect import clip_dissect_importance
 from defense.defended import DefendedClassifier, DefendedPrediction
 from defense.digest import model_digest
 from defense.errors import (
+    ClipError,
     DefenseError,
     ImportanceError,
     ImportanceMismatch,
     ModelDirectoryError,
     ProbeSetError,
     SplitError,
+    UnreadableImage,
 )
 from defense.importance import NeuronImportance, load_importance
 from defense.leave_one_out import leave_one_out_importance
@@ -23,6 +27,8 @@ from defense.ranking import check_dataset, open_probe_set, rank_neurons
 from defense.split import SplitClassifier
 
 __all__ = [
+    "ClipError",
+    "ClipModel",
     "DefendedClassifier",
     "DefendedPrediction",
     "DefenseError",
@@ -35,7 +41,9 @@ __all__ = [
     "ProbeSetError",
     "SplitClassifier",
     "SplitError",
+    "UnreadableImage",
     "check_dataset",
+    "clip_dissect_importance",
     "leave_one_out_importance",
     "load_classifier",
     "load_importance",

@@ -12,15 +12,11 @@ from PIL import Image
 from torch import Tensor
 
 from defense.digest import model_digest
-from defense.errors import DefenseError
+from defense.errors import ClipError
 
 DEFAULT_NAME, DEFAULT_PRETRAINED = "ViT-B-16", "openai"  # the paper's
 CONFIG_FILE, WEIGHTS_FILE = "open_clip_config.json", "open_clip_model.safetensors"
 CLIP_FOLDER = "clip"  # of a model directory that brings its own
-
-
-class ClipError(DefenseError):
-    """The CLIP cannot be loaded, or cannot take what it was given."""
 
 
 class ClipModel:

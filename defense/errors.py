@@ -7,6 +7,8 @@
     ├── ImportanceError        the importance is not usable at all: NaN, wrong shape, unreadable bytes
     │   └── ImportanceMismatch it was made for another model, layer or set of classes
     ├── ProbeSetError          the probe images or their labels do not fit the model
+    │   └── UnreadableImage    one image of a probe set cannot be decoded
+    ├── ClipError              CLIP cannot be loaded, or was given what it cannot encode
     └── ModelDirectoryError    model.toml, the weights or another file of a model directory is at fault
 
 Every message says what was expected, what was found and what to do.
@@ -35,3 +37,11 @@ class ProbeSetError(DefenseError):
 
 class ModelDirectoryError(DefenseError):
     """A file of a model directory is missing or wrong."""
+
+
+class UnreadableImage(ProbeSetError):
+    """One image of a probe set cannot be decoded."""
+
+
+class ClipError(DefenseError):
+    """CLIP cannot be loaded, or was given what it cannot encode."""

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from defense.errors import ProbeSetError
+from defense.errors import ProbeSetError, UnreadableImage
 from defense.model_config import InputConfig
 from defense.preprocessing import IMAGE_FORMATS, to_gray_or_rgb, to_pixels
 
@@ -24,10 +24,6 @@ PROBE_FILE = "probe.safetensors"
 MAX_UNREADABLE = 0.01
 # 1% of a set of 50 would be none at all: a few damaged files are no reason to refuse a small set.
 ALWAYS_TOLERATED = 3
-
-
-class UnreadableImage(ProbeSetError):
-    """One image of the set cannot be decoded."""
 
 
 class SkippedImage(NamedTuple):

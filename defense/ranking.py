@@ -12,12 +12,12 @@ from defense.clip import ClipModel
 from defense.clip_cache import ClipFeatureCache
 from defense.clip_dissect import collect_activations, dissect
 from defense.datasets import OWN_PROBE_SET, open_dataset, read_datasets
-from defense.errors import ProbeSetError
+from defense.errors import ProbeSetError, UnreadableImage
 from defense.importance import NeuronImportance
 from defense.leave_one_out import LeaveOneOut
 from defense.model_config import ModelConfig, read_config
 from defense.models import load_classifier
-from defense.probe import ProbeSet, SkippedImage, UnreadableImage, load_probe_set
+from defense.probe import ProbeSet, SkippedImage, load_probe_set
 from defense.shards import gather_rows, rank_and_world, sum_over_shards
 from defense.split import SplitClassifier
 

@@ -55,7 +55,7 @@ def show(
     console.print({"version": loaded.version} | importance.metadata())
     top = importance.scores.topk(min(top_k, importance.num_neurons), dim=1)
     table = Table("class", "neuron: score")
-    names = importance.class_names or read_config(settings.model).labels
+    names = importance.class_names or [str(c) for c in range(importance.num_classes)]
     for name, neurons, scores in zip(names, top.indices.tolist(), top.values.tolist(), strict=True):
         table.add_row(name, "  ".join(f"{n}: {s:.3g}" for n, s in zip(neurons, scores, strict=True)))
     console.print(table)

@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from defense import ImportanceError, NeuronImportance
-from importance_store import StoredVersion, StoreError
+from importance_store import StoredVersion, StoreError, StoreUnavailable
 from service.errors import Unprocessable
 from service.routes.auth import require_admin
 from service.routes.documentation import problems
@@ -28,8 +28,10 @@ async def list_importance(request: Request) -> ImportanceListResponse:
     if up:
         try:
             versions = await asyncio.to_thread(runtime.store.versions)
-        except StoreError as error:
+        except StoreUnavailable as error:
             up, problem = False, str(error)
+        except StoreError as error:  # one damaged version, say
+            problem = str(error)
     else:
         problem = problem or "the store is away; this replica goes on with the importance it has in memory"
     return ImportanceListResponse(

@@ -12,10 +12,19 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from defense import ImportanceError, ProbeSetError, SplitClassifier, load_classifier, load_probe_set, read_config
-from defense.clip import CLIP_FOLDER, CONFIG_FILE, WEIGHTS_FILE, ClipError, ClipModel
+from defense import (
+    ClipError,
+    ImportanceError,
+    ProbeSetError,
+    SplitClassifier,
+    load_classifier,
+    load_probe_set,
+    read_config,
+)
+from defense.clip import CLIP_FOLDER, CONFIG_FILE, WEIGHTS_FILE, ClipModel
 from defense.clip_cache import ClipFeatureCache, dataset_digest
-from defense.clip_dissect import clip_dissect_importance, collect_activations, cos_cubed, rank_reorder, soft_wpmi
+from defense.clip_dissect import clip_dissect_importance, collect_activations
+from defense.similarities import cos_cubed, rank_reorder, soft_wpmi
 from toy_models import PixelNet, small_conv_net
 
 GOLDEN = Path(__file__).parents[1] / "data" / "official_rn18_w16.npz"

@@ -13,9 +13,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from defense.datasets import DatasetSpec, match_classes, open_dataset, read_datasets
-from defense.errors import ProbeSetError
+from defense.errors import ProbeSetError, UnreadableImage
 from defense.model_config import InputConfig
-from defense.probe import ArrayProbeSet, FileProbeSet, ProbeSet, UnreadableImage
+from defense.probe import ArrayProbeSet, FileProbeSet, ProbeSet
 
 LABELS = ("cat", "dog", "ice bear")
 CONFIG = InputConfig(size=(4, 4), channels=3)
