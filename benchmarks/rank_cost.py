@@ -8,6 +8,7 @@ run for a few neurons and extrapolated to all of them, which is exact up to nois
 """
 
 import argparse
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1000)
     arguments = parser.parse_args()
     torch.manual_seed(0)
+    logging.disable(logging.WARNING)  # that random images leave neurons dead is no news
     bundled = load_classifier(Path(__file__).parents[1] / "models" / "fashion-mnist")
     models = {"bundled (ResNet-18, width 16, 28x28)": bundled, "ResNet-18, width 64, 32x32": CifarResNet()}
     rows = [_measure(name, model, arguments.pairs, arguments.images) for name, model in models.items()]

@@ -3,7 +3,9 @@
     python models/evaluate_robustness.py models/fashion-mnist --data DIR
 
 The attack is white-box L-infinity PGD on the cross-entropy of the undefended model in evaluation mode, with one
-random start (arXiv 1706.06083). Figures come with Wilson's 95% confidence intervals, for the sampling of images.
+random start (arXiv 1706.06083). Accuracy under one attack is an upper bound of the robustness: gradients may be
+masked (arXiv 1802.00420), as models/fashion-mnist/README.md reports.
+Figures come with Wilson's 95% confidence intervals, for the sampling of images.
 """
 
 import argparse
@@ -12,18 +14,17 @@ from pathlib import Path
 import torch
 from fashion_mnist_data import correct, find_data, load_split, pgd, to_input, wilson_interval
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from train_fashion_mnist import EPSILON, build_model
+from train_fashion_mnist import EPSILON
+
+from defense import load_classifier
 
 BATCH = 250
 
 
 def load_model(directory: Path) -> nn.Module:
     """The trained classifier of a folder, in evaluation mode."""
-    model = build_model()
-    model.load_state_dict(load_file(directory / "weights.safetensors"))
-    return model.eval().requires_grad_(False)
+    return load_classifier(directory).requires_grad_(False)
 
 
 def measure(

@@ -21,8 +21,12 @@ class JobKeys(Keys):
         return self._job_prefix + job_id
 
     def alive(self, job_id: str) -> str:
-        """String that the process which runs the job renews; gone within seconds of its death."""
+        """String: host and number of the process that runs the job and renews this; gone seconds after its death."""
         return f"{self._job_prefix}{job_id}:alive"
+
+    def cancelled(self, job_id: str) -> str:
+        """String: when the job's cancelling was asked for, ISO 8601; the process that runs it then ends."""
+        return f"{self._job_prefix}{job_id}:cancelled"
 
     def in_flight(self, fingerprint: str) -> str:
         """String: id of the latest job with this request."""

@@ -1,16 +1,17 @@
-"""How a running job tells of itself: alive, progress, log. One thread writes, so that the ranking never waits."""
+"""How a running job tells of itself: alive, progress, log. One thread does, so that the ranking never waits."""
 
 import json
 import logging
 import os
+import socket
 import threading
 import time
 from collections import deque
 from types import TracebackType
 from typing import Self
 
-import redis
 from redis.exceptions import RedisError
+from rq.job import Job, JobStatus
 
 from service.job_keys import JobKeys
 from service.jobs import ALIVE_S, KEEP_S
@@ -19,23 +20,25 @@ logger = logging.getLogger(__name__)
 
 REPORT_S = 0.5
 LOG_LINES = 40
+PATIENCE_S = 120.0
 
 
 class JobReport(logging.Handler):
-    """Reports twice a second while its block runs, and ends the process when the worker that started it is gone.
+    """Reports twice a second while its block runs, and ends the process when nobody wants the job from it any more.
 
-    A worker that was killed leaves the processes it forked behind; nobody could cancel such a job any more, and another
-    worker takes it up again.
+    That is when the job is cancelled; when the worker is gone that forked this process, because another one takes the
+    job up again; and when that has happened already, because Redis was away for so long that this one seemed dead.
 
     Attributes:
         log: the last lines logged in this process.
     """
 
-    def __init__(self, client: redis.Redis, keys: JobKeys, job_id: str) -> None:
+    def __init__(self, job: Job, keys: JobKeys) -> None:
         super().__init__(logging.INFO)
         self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         self.log: deque[str] = deque(maxlen=LOG_LINES)
-        self._client, self._keys, self._job_id = client, keys, job_id
+        self._job, self._client, self._keys = job, job.connection, keys
+        self._name = f"{socket.gethostname()}:{os.getpid()}"
         self._done, self._total = 0, 0
         self._began_at, self._began_with = time.monotonic(), 0
         self._parent, self._stopping = os.getppid(), threading.Event()
@@ -45,6 +48,7 @@ class JobReport(logging.Handler):
         root = logging.getLogger()
         root.addHandler(self)
         root.setLevel(min(root.level, logging.INFO))
+        self._report(first=True)
         self._thread.start()
         return self
 
@@ -52,7 +56,10 @@ class JobReport(logging.Handler):
         self._stopping.set()
         self._thread.join()
         logging.getLogger().removeHandler(self)
-        self._report()
+        give_up = time.monotonic() + PATIENCE_S
+        # RQ writes down the result next, and would lose it while Redis is away.
+        while not self._report() and time.monotonic() < give_up:
+            time.sleep(REPORT_S)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Keep a log line."""
@@ -66,18 +73,31 @@ class JobReport(logging.Handler):
 
     def _report_until_stopped(self) -> None:
         while not self._stopping.wait(REPORT_S):
-            if os.getppid() != self._parent:
-                os._exit(os.EX_TEMPFAIL)
             self._report()
 
-    def _report(self) -> None:
+    def _report(self, *, first: bool = False) -> bool:
+        """Whether it was heard; if not, the next one tells the same."""
+        if os.getppid() != self._parent:
+            os._exit(os.EX_TEMPFAIL)
         try:
+            self._end_unless_wanted(first)
             pipeline = self._client.pipeline(transaction=False)
-            pipeline.set(self._keys.alive(self._job_id), os.getpid(), ex=ALIVE_S)
-            pipeline.set(self._keys.progress(self._job_id), json.dumps(self._state()), ex=KEEP_S)
+            pipeline.set(self._keys.alive(self._job.id), self._name, ex=ALIVE_S)
+            pipeline.set(self._keys.progress(self._job.id), json.dumps(self._state()), ex=KEEP_S)
             pipeline.execute()
         except RedisError as error:
-            logger.debug("no progress report: %s", error)  # the next one tells the same, and the ranking goes on
+            logger.debug("no progress report: %s", error)
+            return False
+        return True
+
+    def _end_unless_wanted(self, first: bool) -> None:
+        cancelled, alive = self._client.mget(self._keys.cancelled(self._job.id), self._keys.alive(self._job.id))
+        if cancelled:
+            self._job.set_status(JobStatus.CANCELED)
+            self._job.cleanup(KEEP_S)
+            os._exit(os.EX_OK)  # the worker then leaves the job as it is
+        if not first and alive not in (None, self._name.encode()):
+            os._exit(os.EX_OK)  # another process runs it
 
     def _state(self) -> dict[str, object]:
         elapsed_s = time.monotonic() - self._began_at

@@ -1,18 +1,22 @@
 """Ranking jobs: submit, look at, cancel. They wait in an RQ queue on the store's Redis; a worker process runs them.
 
-RQ keeps a job's life; two things are ours, because RQ is slow to notice a death: a key that the running process renews
-(``alive``), and from it the state ``interrupted``. What a job raises by itself is its result, so that a failure in RQ's
-sense is always a death, and RQ's retries are only for deaths.
+RQ keeps a job's life; three things are ours. RQ is slow to notice a death: the running process renews a key (``alive``),
+and a started job without it is ``interrupted``. RQ's worker may be deaf while it reconnects, or about to fork: the
+process looks for a key of its own that says ``cancelled``. What a job raises by itself is its result, so that a failure
+in RQ's sense is always a death, and RQ's retries are only for deaths.
 """
 
 import hashlib
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from datetime import UTC, datetime
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import redis
+from redis.client import Pipeline
+from redis.exceptions import WatchError
 from rq import Queue, Retry
 from rq.command import send_stop_job_command
 from rq.exceptions import InvalidJobOperation, NoSuchJobError
@@ -39,6 +43,7 @@ _STATES = {
     JobStatus.STOPPED: JobState.CANCELLED,
     JobStatus.CANCELED: JobState.CANCELLED,
 }
+_Row: TypeAlias = tuple[Job, bytes | None, bytes | None, bytes | None]
 UNFINISHED = (JobState.QUEUED, JobState.RUNNING, JobState.INTERRUPTED)
 
 
@@ -94,9 +99,7 @@ class RankingJobs:
 
     def all(self) -> list[RankingJob]:
         """The jobs, newest first."""
-        with translated_errors(self._server):
-            ids = cast(Iterable[bytes], self._client.zrevrange(self.keys.jobs, 0, KEEP_JOBS - 1))
-        return self._read([job_id.decode() for job_id in ids])
+        return self._read(self._ids())
 
     def cancel(self, job_id: str) -> RankingJob:
         """Take a job from the queue, or stop it.
@@ -114,18 +117,28 @@ class RankingJobs:
             raise NotFound(f"job {job_id} is gone") from error
         return self._when_ended(job_id)
 
-    def recover_interrupted(self) -> list[str]:
-        """Queue the jobs again whose process died; they go on from their checkpoint. Called by workers.
+    def interrupted(self) -> set[str]:
+        """Ids of the jobs whose process died; or seems to have, until it can report again after Redis was away."""
+        with translated_errors(self._server):
+            rows = list(self._rows(self._ids()))
+        return {job.id for job, _, alive, cancelled in rows if _state(job, alive, cancelled) is JobState.INTERRUPTED}
+
+    def resume(self, job_id: str) -> bool:
+        """Queue an interrupted job again; it goes on from its checkpoint. Called by workers.
 
         Returns:
-            Ids of the jobs that were queued again.
+            Whether it was interrupted still; several workers may try, and it may have reported.
         """
-        recovered = []
-        for job in self.all():
-            if job.state is JobState.INTERRUPTED:
-                self._recover(self._fetch(job.id))
-                recovered.append(job.id)
-        return recovered
+        with translated_errors(self._server), self._client.pipeline() as pipeline, suppress(WatchError):
+            pipeline.watch(Job.key_for(job_id), self.keys.alive(job_id))
+            job = self._fetch(job_id)
+            if pipeline.exists(self.keys.alive(job_id)) or job.get_status(refresh=False) != JobStatus.STARTED:
+                return False
+            pipeline.multi()
+            self._queue_again(job, pipeline)
+            pipeline.execute()
+            return True
+        return False
 
     def _known(self, fingerprint: str, idempotency_key: str | None) -> RankingJob | None:
         if idempotency_key and (value := self._client.get(self.keys.idempotency(idempotency_key))):
@@ -169,21 +182,31 @@ class RankingJobs:
         pipeline.zadd(self.keys.jobs, {job_id: time.time()})
         pipeline.zremrangebyrank(self.keys.jobs, 0, -KEEP_JOBS - 1)
         pipeline.execute()
-        return self._describe(job, None, None)
+        return self._describe(job)
+
+    def _ids(self) -> list[str]:
+        with translated_errors(self._server):
+            ids = cast(Iterable[bytes], self._client.zrevrange(self.keys.jobs, 0, KEEP_JOBS - 1))
+        return [job_id.decode() for job_id in ids]
 
     def _read(self, ids: list[str]) -> list[RankingJob]:
         with translated_errors(self._server):
-            jobs = Job.fetch_many(ids, connection=self._client, serializer=JSONSerializer)
-            pipeline = self._client.pipeline(transaction=False)
-            for job_id in ids:
-                pipeline.mget(self.keys.progress(job_id), self.keys.alive(job_id))
-            reports = pipeline.execute()
-            return [self._describe(job, *report) for job, report in zip(jobs, reports, strict=True) if job]
+            return [self._describe(*row) for row in self._rows(ids)]
 
-    def _describe(self, job: Job, report: bytes | None, alive: bytes | None) -> RankingJob:
+    def _rows(self, ids: list[str]) -> Iterator[_Row]:
+        """Each job with its keys' values: the report, the process that is alive, when it was cancelled."""
+        keys, pipeline = self.keys, self._client.pipeline(transaction=False)
+        jobs = Job.fetch_many(ids, connection=self._client, serializer=JSONSerializer)
+        for job_id in ids:
+            pipeline.mget(keys.progress(job_id), keys.alive(job_id), keys.cancelled(job_id))
+        return ((job, *values) for job, values in zip(jobs, pipeline.execute(), strict=True) if job)
+
+    def _describe(
+        self, job: Job, report: bytes | None = None, alive: bytes | None = None, cancelled: bytes | None = None
+    ) -> RankingJob:
         told = json.loads(report) if report else {}
         result: dict[str, Any] = (job.return_value() or {}) if job.is_finished else {}
-        state = _state(job, alive is not None)
+        state = _state(job, alive, cancelled)
         if result.get("error"):
             state = JobState.FAILED
         error = result.get("error")
@@ -201,21 +224,25 @@ class RankingJobs:
             request=RankRequest.model_validate((job.kwargs or {})["request"]),
             created_at=_utc(job.created_at) or datetime.now(UTC),
             started_at=_utc(job.started_at),
-            ended_at=_utc(job.ended_at),
+            ended_at=_ended_at(job, state, cancelled),
         )
 
     def _fetch(self, job_id: str) -> Job:
         return Job.fetch(job_id, connection=self._client, serializer=JSONSerializer)
 
     def _stop(self, described: RankingJob) -> None:
+        self._client.set(self.keys.cancelled(described.id), datetime.now(UTC).isoformat(), ex=KEEP_S)
         job = self._fetch(described.id)
-        if described.state is JobState.RUNNING:
-            try:
+        status = job.get_status(refresh=False)
+        with suppress(InvalidJobOperation):  # it has just ended
+            if status == JobStatus.QUEUED:
+                job.cancel()
+                job.cleanup(KEEP_S)
+            elif status == JobStatus.STARTED and described.state is JobState.INTERRUPTED:
+                job.set_status(JobStatus.CANCELED)
+                job.cleanup(KEEP_S)
+            elif status == JobStatus.STARTED:
                 send_stop_job_command(self._client, job.id, serializer=JSONSerializer)
-            except InvalidJobOperation:  # it ended, or began, in between
-                job.refresh()
-        if job.get_status() == JobStatus.QUEUED or described.state is JobState.INTERRUPTED:
-            job.cancel()
 
     def _when_ended(self, job_id: str) -> RankingJob:
         give_up = time.monotonic() + CANCEL_TIMEOUT_S
@@ -223,20 +250,26 @@ class RankingJobs:
             time.sleep(0.02)
         return job
 
-    def _recover(self, job: Job) -> None:
+    def _queue_again(self, job: Job, pipeline: Pipeline) -> None:
+        """Or fail it, if its processes died too often."""
+        registry = self.queue.started_job_registry
+        # Not RQ's remove_executions: that raises once an execution's own key has expired.
+        executions = registry.get_job_and_execution_ids(cleanup=False)
+        for execution in (":".join(ids) for ids in executions if ids[0] == job.id):
+            pipeline.zrem(registry.key, execution)
         if job.retries_left:
-            with self._client.pipeline() as pipeline:
-                self.queue.started_job_registry.remove_executions(job, pipeline=pipeline)
-                job.retry(self.queue, pipeline)
-                pipeline.execute()
+            job.retry(self.queue, pipeline)
         else:
-            job.set_status(JobStatus.FAILED)
+            job.set_status(JobStatus.FAILED, pipeline=pipeline)
+            job.cleanup(KEEP_S, pipeline=pipeline)
 
 
-def _state(job: Job, alive: bool) -> JobState:
+def _state(job: Job, alive: bytes | None, cancelled: bytes | None) -> JobState:
     status = job.get_status(refresh=False)
     if status in _STATES:
         return _STATES[status]
+    if cancelled and not alive:  # a process that is about to begin it will see that first
+        return JobState.CANCELLED
     if status != JobStatus.STARTED:
         return JobState.QUEUED
     since = _utc(job.started_at) or datetime.now(UTC)
@@ -246,6 +279,14 @@ def _state(job: Job, alive: bool) -> JobState:
 
 def _fingerprint(request: RankRequest, model_digest: str) -> str:
     return hashlib.sha256(f"{model_digest} {request.model_dump_json()}".encode()).hexdigest()[:32]
+
+
+def _ended_at(job: Job, state: JobState, cancelled: bytes | None) -> datetime | None:
+    if state in UNFINISHED:
+        return None  # RQ remembers the end of an attempt that failed
+    if state is JobState.CANCELLED and cancelled:
+        return datetime.fromisoformat(cancelled.decode())
+    return _utc(job.ended_at)
 
 
 def _utc(moment: datetime | None) -> datetime | None:

@@ -40,7 +40,7 @@ def work(settings: Settings, *, parent: int | None = None) -> None:
     Args:
         parent: process id; the worker ends when that is no longer its parent.
     """
-    os.nice(NICENESS)
+    _step_back()
     if parent is not None:
         threading.Thread(target=_end_without, args=(parent,), name="parent watch", daemon=True).start()
     model = read_config(settings.model).name
@@ -58,6 +58,14 @@ def work(settings: Settings, *, parent: int | None = None) -> None:
         )
         worker.jobs = jobs
         worker.work(logging_level="WARNING")
+
+
+def _step_back() -> None:
+    """Leave the processors to the server: a ranking may wait, a request may not."""
+    os.nice(NICENESS)
+    if sys.platform == "linux":
+        # Nice alone still lets a ranking hold a core for milliseconds when a request comes.
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
 def _end_without(parent: int) -> None:
