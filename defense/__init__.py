@@ -23,7 +23,7 @@ from defense.masking import top_k_masks
 from defense.model_config import ModelConfig, read_config
 from defense.models import load_classifier
 from defense.probe import ProbeSet, load_probe_set
-from defense.ranking import check_dataset, open_probe_set, rank_neurons
+from defense.ranking import check_dataset, check_servable, open_probe_set, rank_neurons
 from defense.split import SplitClassifier
 
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
     "SplitError",
     "UnreadableImage",
     "check_dataset",
+    "check_servable",
     "clip_dissect_importance",
     "leave_one_out_importance",
     "load_classifier",

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,5 @@ class Checkpoint:
             temporary.replace(self.path)
         except OSError as error:
             logger.warning("no checkpoint could be written (%s); an interrupted ranking would begin again", error)
-            temporary.unlink(missing_ok=True)
-
-    def remove(self) -> None:
-        """Remove the file."""
-        self.path.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink()

@@ -73,6 +73,11 @@ class DefenseConfig(_Section):
     num_noise_samples: Positive = 1
     unimportant_weight: Annotated[float, Field(ge=0, le=1)] = 0.0
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What DefendedClassifier takes."""
+        return self.model_dump(exclude={"layer"})
+
 
 class ModelConfig(_Section):
     """The whole file."""

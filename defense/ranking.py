@@ -12,6 +12,7 @@ from defense.clip import ClipModel
 from defense.clip_cache import ClipFeatureCache
 from defense.clip_dissect import collect_activations, dissect
 from defense.datasets import OWN_PROBE_SET, open_dataset, read_datasets
+from defense.defended import DefendedClassifier
 from defense.errors import ProbeSetError, UnreadableImage
 from defense.importance import NeuronImportance
 from defense.leave_one_out import LeaveOneOut
@@ -100,6 +101,16 @@ def check_dataset(name: str, datasets_file: Path | None) -> None:
         raise ProbeSetError(
             f"expected one of the datasets {', '.join(names)}, got '{name}'; add it to the file that IGD_DATASETS names"
         )
+
+
+def check_servable(directory: Path | str, importance: NeuronImportance) -> None:
+    """Refuse an importance that the model directory cannot be served with, at its own layer.
+
+    Raises:
+        DefenseError: another model, no such layer, or fewer neurons there than model.toml's top_k.
+    """
+    split = SplitClassifier(load_classifier(directory), importance.layer)
+    DefendedClassifier(split, importance, **read_config(directory).defense.arguments)
 
 
 def clip_of(directory: Path | str, device: str = "cpu") -> ClipModel:

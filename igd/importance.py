@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from defense import DefendedClassifier, NeuronImportance, SplitClassifier, load_classifier, read_config
+from defense import NeuronImportance, SplitClassifier, check_servable, load_classifier, read_config
 from defense.official_format import read_official, write_official
 from igd.options import DataDir, Model, RedisUrl, settings_of
 from importance_store import LoadedImportance
@@ -65,7 +65,7 @@ def show(
 def activate(version: str, model: Model = None, redis_url: RedisUrl = None, data_dir: DataDir = None) -> None:
     """Serve a version on every replica, or roll back to it."""
     settings = settings_of(model, redis_url, data_dir)
-    _check_fits(settings, _load(settings, version).importance, _split(settings))
+    check_servable(settings.model, _load(settings, version).importance)
     with store_of(settings) as store:
         store.activate(version)
     typer.echo(version)
@@ -130,7 +130,7 @@ def import_(
     settings = settings_of(model, redis_url, data_dir)
     split = _split(settings)
     importance = _read_folder(settings, source, split) if source.is_dir() else _read_file(source)
-    _check_fits(settings, importance, split)
+    check_servable(settings.model, importance)
     with store_of(settings) as store:
         version = store.publish(importance, activate=activate)
     for warning in importance.warnings:
@@ -155,7 +155,3 @@ def _load(settings: Settings, version: str) -> LoadedImportance:
 def _split(settings: Settings) -> SplitClassifier:
     return SplitClassifier(load_classifier(settings.model), read_config(settings.model).defense.layer)
 
-
-def _check_fits(settings: Settings, importance: NeuronImportance, split: SplitClassifier) -> None:
-    defense = read_config(settings.model).defense
-    DefendedClassifier(split, importance, **defense.model_dump(exclude={"layer"}))

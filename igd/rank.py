@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from defense import NeuronImportance, open_probe_set, rank_neurons
+from defense import NeuronImportance, check_servable, open_probe_set, rank_neurons
 from defense.shards import rank_and_world
 from igd.options import DataDir, Model, RedisUrl, settings_of
 from service.settings import Settings
@@ -107,6 +107,8 @@ def _deliver(
     if activate and importance.degenerate and not force:
         console.print(f"[yellow]not activated, the ranking is degenerate:[/] {importance.degenerate}; see --force")
         activate = False
+    if activate:
+        check_servable(settings.model, importance)
     with store_of(settings) as store:
         version = store.publish(importance, activate=activate)
     console.print(f"published {'and activated ' if activate else ''}{importance.method} at {importance.layer}:")

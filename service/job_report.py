@@ -58,7 +58,7 @@ class JobReport(logging.Handler):
         logging.getLogger().removeHandler(self)
         give_up = time.monotonic() + PATIENCE_S
         # RQ writes down the result next, and would lose it while Redis is away.
-        while not self._report() and time.monotonic() < give_up:
+        while not self._report(last=True) and time.monotonic() < give_up:
             time.sleep(REPORT_S)
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -75,12 +75,13 @@ class JobReport(logging.Handler):
         while not self._stopping.wait(REPORT_S):
             self._report()
 
-    def _report(self, *, first: bool = False) -> bool:
+    def _report(self, *, first: bool = False, last: bool = False) -> bool:
         """Whether it was heard; if not, the next one tells the same."""
         if os.getppid() != self._parent:
             os._exit(os.EX_TEMPFAIL)
         try:
-            self._end_unless_wanted(first)
+            if not last:  # it has been published by then
+                self._end_unless_wanted(first)
             pipeline = self._client.pipeline(transaction=False)
             pipeline.set(self._keys.alive(self._job.id), self._name, ex=ALIVE_S)
             pipeline.set(self._keys.progress(self._job.id), json.dumps(self._state()), ex=KEEP_S)

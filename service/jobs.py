@@ -1,9 +1,9 @@
 """Ranking jobs: submit, look at, cancel. They wait in an RQ queue on the store's Redis; a worker process runs them.
 
-RQ keeps a job's life; three things are ours. RQ is slow to notice a death: the running process renews a key (``alive``),
-and a started job without it is ``interrupted``. RQ's worker may be deaf while it reconnects, or about to fork: the
-process looks for a key of its own that says ``cancelled``. What a job raises by itself is its result, so that a failure
-in RQ's sense is always a death, and RQ's retries are only for deaths.
+RQ keeps a job's life; three things are ours. RQ is slow to notice a death: the process that runs a job renews a key
+(``alive``), and a started job without it is ``interrupted``. RQ's worker may be about to fork, or deaf while it
+reconnects: that process looks for a key that says ``cancelled``. What a job raises by itself is its result, so that a
+failure in RQ's sense is always a death, and RQ's retries are only for deaths.
 """
 
 import hashlib
@@ -130,7 +130,7 @@ class RankingJobs:
             Whether it was interrupted still; several workers may try, and it may have reported.
         """
         with translated_errors(self._server), self._client.pipeline() as pipeline, suppress(WatchError):
-            pipeline.watch(Job.key_for(job_id), self.keys.alive(job_id))
+            pipeline.watch(Job.key_for(job_id), self.keys.alive(job_id))  # type: ignore[no-untyped-call]
             job = self._fetch(job_id)
             if pipeline.exists(self.keys.alive(job_id)) or job.get_status(refresh=False) != JobStatus.STARTED:
                 return False

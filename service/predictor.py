@@ -41,7 +41,9 @@ class Predictor:
             torch.set_num_threads(threads)
         self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
         self.config = read_config(directory)
-        self.split = SplitClassifier(load_classifier(directory).to(self.device), self.config.defense.layer)
+        self._model = load_classifier(directory).to(self.device)
+        self.split = SplitClassifier(self._model, self.config.defense.layer)
+        self._splits = {self.split.layer: self.split}
         # Noise that an attacker could predict would be no noise.
         self._generator = torch.Generator(self.device).manual_seed(secrets.randbits(63))
 
@@ -53,18 +55,24 @@ class Predictor:
         """Refuse an importance that does not fit this model.
 
         Raises:
-            ImportanceError: it does not fit.
+            DefenseError: it does not fit.
         """
         self._defend(importance)
 
     def _defend(self, importance: NeuronImportance) -> DefendedClassifier:
-        return DefendedClassifier(self.split, importance, **self.config.defense.model_dump(exclude={"layer"}))
+        return DefendedClassifier(self._split_at(importance.layer), importance, **self.config.defense.arguments)
+
+    def _split_at(self, layer: str) -> SplitClassifier:
+        """The split at the layer that an importance is of; model.toml's is only where rankings begin with."""
+        if layer not in self._splits:
+            self._splits[layer] = SplitClassifier(self._model, layer)
+        return self._splits[layer]
 
     def prepare(self, version: str, importance: NeuronImportance) -> ServedDefense:
         """Build the defense for an importance and warm it up.
 
         Raises:
-            ImportanceError: it does not fit this model.
+            DefenseError: it does not fit this model.
         """
         defense = ServedDefense(version, importance, self._defend(importance))
         channels, height, width = self.config.input.shape

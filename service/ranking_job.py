@@ -1,8 +1,11 @@
 """What a worker does for a ranking job: load, rank, publish. Runs in a process of its own, at low priority."""
 
 import logging
+import os
+import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +15,7 @@ from defense import (
     DefenseError,
     ImportanceMismatch,
     NeuronImportance,
+    check_servable,
     load_classifier,
     model_digest,
     open_probe_set,
@@ -42,7 +46,8 @@ def run(request: dict[str, Any], model_digest: str, expected_active: str | None)
     if job is None:
         raise RuntimeError("service.ranking_job.run is to be called by an RQ worker")
     torch.set_num_threads(settings.worker_threads)
-    with JobReport(job.connection, JobKeys(read_config(settings.model).name), job.id) as report:
+    with JobReport(job, JobKeys(read_config(settings.model).name)) as report:
+        _step_back()
         try:
             task = RankingTask(settings, RankRequest.model_validate(request), job.id, model_digest, expected_active)
             result = task.rank_and_publish(report)
@@ -53,6 +58,21 @@ def run(request: dict[str, Any], model_digest: str, expected_active: str | None)
             logger.exception("failed unexpectedly")
             result = {"error": f"an unexpected {type(error).__name__}: {error}; the log has the traceback"}
     return result | {"log": list(report.log)}
+
+
+def checkpoint_of(settings: Settings, job_id: str) -> Path:
+    """Where a job that is interrupted goes on from."""
+    return settings.data_dir / "checkpoints" / f"{job_id}.safetensors"
+
+
+def _step_back() -> None:
+    """Leave the processors to the server: a ranking may wait, a request may not, and neither may the report's thread.
+
+    For this thread, and those of torch that it will start.
+    """
+    if sys.platform == "linux":
+        # Nice alone still lets a ranking hold a core for milliseconds when a request comes.
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
 @dataclass(frozen=True)
@@ -80,19 +100,18 @@ class RankingTask:
         probe = open_probe_set(
             request.dataset, settings.model, datasets_file=settings.datasets, images_per_class=request.images_per_class
         )
-        checkpoint = settings.data_dir / "checkpoints" / f"{self.job_id}.safetensors"
         importance = rank_neurons(
             settings.model,
             probe,
             method=request.method,
             layer=request.layer,
-            checkpoint=checkpoint,
+            checkpoint=checkpoint_of(settings, self.job_id),
             cache_dir=settings.data_dir / "clip-features",
             progress=report.progress,
         )
         notes = [*importance.warnings, *(f"skipped {skip}" for skip in probe.skipped[:MAX_SKIPS_TOLD])]
-        version, activated = self._publish_patiently(importance, notes)
-        checkpoint.unlink(missing_ok=True)
+        activate = self._may_activate(importance, notes)
+        version, activated = self._publish_patiently(importance, activate, notes)
         return {"version": version, "activated": activated, "notes": notes}
 
     def _check_weights(self) -> None:
@@ -103,12 +122,22 @@ class RankingTask:
                 f"{self.model_digest}, found {found}; submit it again"
             )
 
-    def _publish_patiently(self, importance: NeuronImportance, notes: list[str]) -> tuple[str, bool]:
-        """Wait for a store that is away: the ranking is not thrown away."""
-        activate = self.request.activate
-        if activate and importance.degenerate and not self.request.force:
+    def _may_activate(self, importance: NeuronImportance, notes: list[str]) -> bool:
+        """Whether it was asked for and nothing is against it; what is goes to the notes."""
+        if not self.request.activate:
+            return False
+        try:
+            check_servable(self.settings.model, importance)
+        except DefenseError as error:
+            notes.append(f"not activated, it cannot be served: {error}")
+            return False
+        if importance.degenerate and not self.request.force:
             notes.append(f"not activated, the ranking is degenerate: {importance.degenerate}; 'force' activates it")
-            activate = False
+            return False
+        return True
+
+    def _publish_patiently(self, importance: NeuronImportance, activate: bool, notes: list[str]) -> tuple[str, bool]:
+        """Wait for a store that is away: the ranking is not thrown away."""
         give_up = time.monotonic() + PUBLISH_PATIENCE_S
         while True:
             try:

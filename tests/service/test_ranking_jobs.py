@@ -317,13 +317,25 @@ def test_a_degenerate_ranking_is_activated_only_by_force(client):
 
 
 @pytest.mark.usefixtures("worker")
-def test_a_ranking_of_another_layer_than_the_served_one_is_not_activated(client):
+def test_a_ranking_of_another_layer_is_served_at_that_layer(client, until):
     before = client.http.get("/importance").json()["active"]
 
     job = client.succeeded(client.submit("probe", layer="layer2", activate=True, force=True))
 
+    assert job["activated"]
+    until(lambda: client.http.get("/model").json()["importance_version"] == job["version"])
+    assert client.http.get("/model").json()["defense"]["layer"] == "network.layer2"
+    client.http.post(f"/importance/{before}/activate")
+
+
+@pytest.mark.usefixtures("worker")
+def test_a_ranking_of_a_layer_with_fewer_neurons_than_top_k_is_not_activated(client):
+    before = client.http.get("/importance").json()["active"]
+
+    job = client.succeeded(client.submit("probe", layer="layer1", activate=True, force=True))
+
     assert job["version"] and job["activated"] is False
-    assert any("not activated, the model is served at 'layer4'" in note for note in job["notes"])
+    assert any("not activated, it cannot be served: expected top_k from 1 to 8" in note for note in job["notes"])
     assert client.http.get("/importance").json()["active"] == before
 
 
