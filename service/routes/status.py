@@ -17,7 +17,8 @@ router = APIRouter(tags=["status"])
 async def model(request: Request) -> ModelResponse:
     """The model, its classes and input, the defense settings, and the importance version being served."""
     runtime = runtime_of(request)
-    config, split, served = runtime.predictor.config, runtime.predictor.split, runtime.served
+    config, served = runtime.predictor.config, runtime.served
+    split = served.classifier.split if served else runtime.predictor.split
     return ModelResponse(
         name=config.name,
         classes=list(config.labels),
