@@ -59,6 +59,7 @@ class Runtime:
         self.active_version: str | None = None
         self.problem: str | None = "no importance has been loaded yet"
         self.store_up = False
+        self.draining = False
         self.fatal: BaseException | None = None
 
     @property
@@ -94,12 +95,19 @@ class Runtime:
             self.predictor.split.find_layer(request.layer)
 
     @property
+    def in_flight(self) -> int:
+        """Images admitted and not yet answered."""
+        return self.batcher.in_flight
+
+    @property
     def defense(self) -> ServedDefense:
         """What predictions are made with.
 
         Raises:
-            NotReady: there is no importance, and nothing is served undefended in silence.
+            NotReady: shutting down, or there is no importance: nothing is served undefended in silence.
         """
+        if self.draining:
+            raise NotReady("the server is shutting down; send the request to another replica, or again in a moment")
         if self.served is None:
             raise NotReady(f"not ready to serve defended predictions: {self.problem}")
         return self.served

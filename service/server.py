@@ -4,8 +4,10 @@ import logging
 import shlex
 import signal
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from types import FrameType
 
 import uvicorn
 
@@ -20,6 +22,7 @@ class Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, runtime: Runtime) -> None:
         super().__init__(config)
         self._runtime = runtime
+        self._told_to_stop_at: float | None = None
 
     def serve_until_stopped(self) -> int:
         """Run; returns the process's exit code: 0 after an orderly stop, 1 if it could not start or died of a bug."""
@@ -45,6 +48,25 @@ class Server(uvicorn.Server):
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Told to stop: readiness first, the socket last. Told again: at once."""
+        if self._told_to_stop_at is not None:
+            super().handle_exit(sig, frame)
+        self._told_to_stop_at = time.monotonic()
+        self._runtime.draining = True
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second: whether to stop listening, which is when all that was admitted is answered.
+
+        Until then new requests get 503, readiness too, so that a load balancer sends them elsewhere; for
+        ``drain_delay_s`` at least, which it needs to notice.
+        """
+        if self._told_to_stop_at is not None:
+            since_s, settings = time.monotonic() - self._told_to_stop_at, self._runtime.settings
+            answered = not self._runtime.in_flight and since_s >= settings.drain_delay_s
+            self.should_exit = self.should_exit or answered or since_s > settings.drain_s
+        return await super().on_tick(counter)
 
     def _address(self) -> str:
         listening = [s for server in self.servers for s in server.sockets]

@@ -86,6 +86,13 @@ class RankingWorker(Worker):
         with suppress(RedisError):
             super().maintain_heartbeats(job, execution)
 
+    def teardown(self) -> None:
+        """RQ's, which cannot say good-bye while Redis is away."""
+        with suppress(RedisError):
+            super().teardown()  # type: ignore[no-untyped-call]
+        if self.pubsub_thread:
+            self.pubsub_thread.stop()
+
     def kill_horse(self, sig: signal.Signals = signal.SIGKILL) -> None:
         """Kill the job's process. RQ's kills a process group: our own, and the server's, when it is not forked yet."""
         if self.horse_pid:

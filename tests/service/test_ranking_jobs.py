@@ -34,7 +34,7 @@ name = "slow"
 labels = {list(LABELS)}
 [architecture]
 name = "cifar-resnet"
-width = 8
+width = 12
 blocks = [1, 1, 1, 1]
 [input]
 size = [16, 16]
@@ -43,7 +43,7 @@ channels = 3
 layer = "layer4"
 top_k = 16
 """
-# At layer1, where the tail is not affine, a batch of 128 images takes about 0.1 s; at layer4 one hundredth of that.
+# At layer1, where the tail is not affine, 128 images take 0.1 s on an idle core; at layer4 a hundredth of that.
 NUM_IMAGES = {"some": 6000, "many": 14_000}
 CHECKPOINT_IMAGES = 20 * 128
 
@@ -52,7 +52,7 @@ def write_model(directory, seed=0):
     directory.mkdir(parents=True)
     (directory / "model.toml").write_text(MODEL_TOML)
     torch.manual_seed(seed)
-    network = CifarResNet(width=8, num_classes=4, blocks=(1, 1, 1, 1)).eval()
+    network = CifarResNet(width=12, num_classes=4, blocks=(1, 1, 1, 1)).eval()
     save_file(network.state_dict(), directory / "weights.safetensors")
     images = torch.randint(0, 256, (24, 16, 16, 3), dtype=torch.uint8)
     save_file({"images": images, "labels": torch.arange(24) % 4}, directory / "probe.safetensors")
@@ -317,13 +317,13 @@ def test_a_degenerate_ranking_is_activated_only_by_force(client):
 
 
 @pytest.mark.usefixtures("worker")
-def test_a_ranking_of_another_layer_is_served_at_that_layer(client, until):
+def test_a_ranking_of_another_layer_is_served_at_that_layer(client):
     before = client.http.get("/importance").json()["active"]
 
     job = client.succeeded(client.submit("probe", layer="layer2", activate=True, force=True))
 
     assert job["activated"]
-    until(lambda: client.http.get("/model").json()["importance_version"] == job["version"])
+    soon(lambda: client.http.get("/model").json()["importance_version"] == job["version"], "the new version")
     assert client.http.get("/model").json()["defense"]["layer"] == "network.layer2"
     client.http.post(f"/importance/{before}/activate")
 
@@ -335,7 +335,7 @@ def test_a_ranking_of_a_layer_with_fewer_neurons_than_top_k_is_not_activated(cli
     job = client.succeeded(client.submit("probe", layer="layer1", activate=True, force=True))
 
     assert job["version"] and job["activated"] is False
-    assert any("not activated, it cannot be served: expected top_k from 1 to 8" in note for note in job["notes"])
+    assert any("not activated, it cannot be served: expected top_k from 1 to 12" in note for note in job["notes"])
     assert client.http.get("/importance").json()["active"] == before
 
 
@@ -403,7 +403,8 @@ def test_a_job_whose_worker_does_not_hear_is_cancelled_all_the_same(client, work
         os.kill(pid_of(worker), signal.SIGCONT)
 
     assert (answer.status_code, answer.json()["state"]) == (200, "cancelled")
-    assert took_s < 4 and not exists(process)  # required: 1
+    assert took_s < 4  # required: 1
+    soon(lambda: not exists(process), "the end of the job's process")
     print(f"\ncancelled behind a deaf worker in {took_s:.2f} s")
 
 
@@ -492,7 +493,7 @@ def test_jobs_are_listed_newest_first(client):
 
     created = [job["created_at"] for job in jobs]
     assert len(jobs) > 10 and created == sorted(created, reverse=True)
-    assert jobs[0] == client.job(jobs[0]["id"])
+    assert jobs[-1] == client.job(jobs[-1]["id"])
 
 
 def test_what_cannot_be_ranked_is_refused_at_once_with_what_can(client):
