@@ -68,7 +68,7 @@ class DefendedClassifier(nn.Module):
         self.num_noise_samples, self.unimportant_weight = num_noise_samples, unimportant_weight
         masks = top_k_masks(importance.scores, top_k)
         reference = next(split.parameters(), masks)
-        self.register_buffer("masks", (masks + (1 - masks) * unimportant_weight).to(reference))
+        self.register_buffer("masks", (masks + (1 - masks) * unimportant_weight).to(reference.device))
         self.eval()
 
     def forward(self, images: Tensor, noise: Tensor | None = None) -> Tensor:

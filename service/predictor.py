@@ -1,5 +1,6 @@
 """The engine: a model directory on a device, and both passes of a batch as one call."""
 
+import logging
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,19 +9,40 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from defense import DefendedClassifier, NeuronImportance, SplitClassifier, load_classifier, read_config
+from defense import (
+    DefendedClassifier,
+    NeuronImportance,
+    ProbeSetError,
+    SplitClassifier,
+    load_classifier,
+    load_probe_set,
+    read_config,
+)
+from service.engine import FALL_BACK_BELOW, WARN_BELOW, EngineSplit, agreement, choose_dtype
+
+logger = logging.getLogger(__name__)
+
+PROBE_IMAGES = 256
 
 Pixels = NDArray[np.uint8]
 
 
 @dataclass(frozen=True, eq=False)
 class ServedDefense:
-    """One importance version, ready to serve. Requests hold on to the one they were admitted under."""
+    """One importance version, ready to serve. Requests hold on to the one they were admitted under.
+
+    Attributes:
+        dtype: of the trunk. agreement: share of probe images with the same defended prediction in float32; None where
+            there was nothing to compare, or nothing to compare with.
+    """
 
     version: str
     importance: NeuronImportance
     classifier: DefendedClassifier
+    dtype: torch.dtype
+    agreement: float | None
 
 
 class Predictor:
@@ -29,14 +51,24 @@ class Predictor:
     Args:
         directory: the model directory.
         device: a torch device, or ``"auto"``: cuda if there is one, else cpu.
+        dtype: ``"auto"``, ``"float32"``, ``"bfloat16"`` or ``"float16"``; see ``engine.choose_dtype``.
         threads: CPU threads of an operation; None leaves torch's choice. Call everything from one thread: each
             thread that runs torch operations gets an OpenMP team of its own.
+        max_batch_size: the largest batch to warm up for.
 
     Raises:
         ModelDirectoryError, SplitError: the directory cannot be served.
     """
 
-    def __init__(self, directory: Path, *, device: str = "auto", threads: int | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        threads: int | None = None,
+        max_batch_size: int = 64,
+    ) -> None:
         if threads:
             torch.set_num_threads(threads)
         self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
@@ -44,6 +76,10 @@ class Predictor:
         self._model = load_classifier(directory).to(self.device)
         self.split = SplitClassifier(self._model, self.config.defense.layer)
         self._splits = {self.split.layer: self.split}
+        self._engines: dict[tuple[str, torch.dtype], EngineSplit] = {}
+        self._max_batch_size = max_batch_size
+        self._probe = self._probe_images(directory)
+        self._dtype = self._checked_dtype(dtype)
         # Noise that an attacker could predict would be no noise.
         self._generator = torch.Generator(self.device).manual_seed(secrets.randbits(63))
 
@@ -57,27 +93,25 @@ class Predictor:
         Raises:
             DefenseError: it does not fit.
         """
-        self._defend(importance)
-
-    def _defend(self, importance: NeuronImportance) -> DefendedClassifier:
-        return DefendedClassifier(self._split_at(importance.layer), importance, **self.config.defense.arguments)
-
-    def _split_at(self, layer: str) -> SplitClassifier:
-        """The split at the layer that an importance is of; model.toml's is only where rankings begin with."""
-        if layer not in self._splits:
-            self._splits[layer] = SplitClassifier(self._model, layer)
-        return self._splits[layer]
+        self._defend(self._split_at(importance.layer), importance)
 
     def prepare(self, version: str, importance: NeuronImportance) -> ServedDefense:
-        """Build the defense for an importance and warm it up.
+        """Build the defense for an importance: as fast as it can be with the same answers, and warm.
 
         Raises:
             DefenseError: it does not fit this model.
         """
-        defense = ServedDefense(version, importance, self._defend(importance))
-        channels, height, width = self.config.input.shape
-        self.predict(defense, [np.zeros((height, width, channels), np.uint8)])
-        return defense
+        exact = self._defend(self._split_at(importance.layer), importance)
+        dtype, fast = self._dtype, self._defend(self._engine_at(importance.layer, self._dtype), importance)
+        agreement = self._agreement(fast, exact)
+        if agreement is not None and agreement < FALL_BACK_BELOW and dtype != torch.float32:
+            logger.error("%s agrees with float32 on %.1f%% of probe images; serving float32", dtype, 100 * agreement)
+            dtype, fast = torch.float32, self._defend(self._engine_at(importance.layer, torch.float32), importance)
+            agreement = self._agreement(fast, exact)
+        elif agreement is not None:
+            level = logging.WARNING if agreement < WARN_BELOW else logging.INFO
+            logger.log(level, "%s agrees with float32 on %.1f%% of probe images", dtype, 100 * agreement)
+        return ServedDefense(version, importance, fast, dtype, agreement)
 
     @torch.inference_mode()
     def predict(self, defense: ServedDefense, pixels: Sequence[Pixels]) -> NDArray[np.float32]:
@@ -89,16 +123,66 @@ class Predictor:
         Returns:
             [B, 3, C]: probabilities defended and undefended, and the pseudo-label's class weights.
         """
-        batch = torch.from_numpy(np.stack(pixels)).to(self.device, non_blocking=True)
-        images = batch.permute(0, 3, 1, 2).float().div_(255)
+        images = self._to_device(pixels).permute(0, 3, 1, 2).float().div_(255)
         prediction = defense.classifier.predict(images, self._noise(images))
         rows = [prediction.logits.softmax(1), prediction.undefended_logits.softmax(1), prediction.class_weights]
         result: NDArray[np.float32] = torch.stack(rows, dim=1).float().cpu().numpy()
         return result
 
-    def _noise(self, images: torch.Tensor) -> torch.Tensor | None:
+    def _to_device(self, pixels: Sequence[Pixels]) -> Tensor:
+        tensor = torch.from_numpy(np.stack(pixels))
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+
+    def _noise(self, images: Tensor) -> Tensor | None:
         defense = self.config.defense
         if defense.sigma == 0:
             return None
         shape = (defense.num_noise_samples, *images.shape)
         return torch.randn(shape, generator=self._generator, device=self.device)
+
+    def _defend(self, split: SplitClassifier, importance: NeuronImportance) -> DefendedClassifier:
+        return DefendedClassifier(split, importance, **self.config.defense.arguments)
+
+    def _split_at(self, layer: str) -> SplitClassifier:
+        """The split at the layer that an importance is of; model.toml's is only where rankings begin with."""
+        if layer not in self._splits:
+            self._splits[layer] = SplitClassifier(self._model, layer)
+        return self._splits[layer]
+
+    def _engine_at(self, layer: str, dtype: torch.dtype) -> EngineSplit:
+        if (layer, dtype) not in self._engines:
+            engine = EngineSplit(self._split_at(layer), dtype)
+            self._warm_up(engine)
+            self._engines[layer, dtype] = engine
+        return self._engines[layer, dtype]
+
+    @torch.inference_mode()
+    def _warm_up(self, engine: EngineSplit) -> None:
+        """Run both passes' shapes once: the first call of each allocates and chooses kernels."""
+        draws = self.config.defense.num_noise_samples if self.config.defense.sigma else 0
+        size = 1
+        while size <= self._max_batch_size:
+            values = engine.cut(torch.zeros(size * (1 + draws), *self.config.input.shape, device=self.device))
+            engine.tail(*values)
+            engine.tail(*(value[:size] for value in values))
+            size *= 2
+
+    def _probe_images(self, directory: Path) -> Tensor | None:
+        try:
+            probe = load_probe_set(directory)
+            images, _ = next(probe.batches(PROBE_IMAGES, config=self.config.input))
+        except ProbeSetError as error:
+            logger.info("precisions are not compared: %s", error)
+            return None
+        return images.to(self.device)
+
+    def _checked_dtype(self, name: str) -> torch.dtype:
+        dtype = choose_dtype(name, self.device)
+        if name == "auto" and self._probe is None:
+            return torch.float32  # a lower precision that nothing can check is for those who ask for it
+        return dtype
+
+    def _agreement(self, fast: DefendedClassifier, exact: DefendedClassifier) -> float | None:
+        if self._probe is None:
+            return None
+        return agreement(fast, exact, self._probe, self._noise(self._probe))

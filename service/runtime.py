@@ -121,7 +121,14 @@ class Runtime:
         """
         self.started = True
         settings = self.settings
-        load = partial(Predictor, settings.model, device=settings.device, threads=settings.threads)
+        load = partial(
+            Predictor,
+            settings.model,
+            device=settings.device,
+            dtype=settings.dtype,
+            threads=settings.threads,
+            max_batch_size=settings.max_batch_size,
+        )
         self.predictor = await asyncio.get_running_loop().run_in_executor(self._device, load)
         self.batcher = Batcher(
             self._run_batch,

@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -37,6 +37,9 @@ class Settings(BaseSettings):
         (), description="Comma-separated Bearer keys of /classify; unset, it is open."
     )
     device: str = Field("auto", description="torch device; auto: cuda if there is one, else cpu.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Precision of the trunk; auto: bfloat16 where the hardware multiplies it."
+    )
     threads: int | None = Field(None, ge=1, description="CPU threads of the model; unset, one a physical core.")
     max_batch_size: Positive = Field(64, description="Images the model takes at once.")
     max_queue: Positive = Field(1024, description="Images admitted and not yet answered; more get 429.")

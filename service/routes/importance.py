@@ -7,7 +7,7 @@ from fastapi import APIRouter, Depends, Query
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from defense import ImportanceError, NeuronImportance
+from defense import DefenseError, NeuronImportance
 from importance_store import StoredVersion, StoreError, StoreUnavailable
 from service.errors import Unprocessable
 from service.routes.auth import require_admin
@@ -86,7 +86,7 @@ def _activate(runtime: Runtime, version: str) -> VersionResponse:
     loaded = store.load(version, model_digest=runtime.predictor.model_digest)
     try:
         runtime.predictor.check(loaded.importance)
-    except ImportanceError as error:
+    except DefenseError as error:
         raise Unprocessable(f"version {version} cannot be served: {error}") from error
     store.activate(version)
     return next(version_response(v) for v in store.versions() if v.version == version)
