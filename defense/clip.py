@@ -16,7 +16,6 @@ from defense.errors import ClipError
 
 DEFAULT_NAME, DEFAULT_PRETRAINED = "ViT-B-16", "openai"  # the paper's
 CONFIG_FILE, WEIGHTS_FILE = "open_clip_config.json", "open_clip_model.safetensors"
-CLIP_FOLDER = "clip"  # of a model directory that brings its own
 
 
 class ClipModel:

@@ -4,7 +4,7 @@ import hashlib
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -39,7 +39,8 @@ class ClipFeatureCache:
         features = self.get(dataset_digest, clip_digest)
         if features is None:
             features = compute()
-            self.put(dataset_digest, clip_digest, features)
+            if torch.isfinite(features).all():  # an image that could not be read may be readable the next time
+                self.put(dataset_digest, clip_digest, features)
         return features
 
     def get(self, dataset_digest: str, clip_digest: str) -> Tensor | None:
@@ -67,22 +68,6 @@ class ClipFeatureCache:
             _write(features.detach().float().cpu().contiguous(), _metadata(dataset_digest, clip_digest), path)
         except (SafetensorError, OSError) as error:
             logger.warning("cannot cache CLIP features in %s: %s", path, error)
-
-
-def dataset_digest(batches: Iterable[Tensor]) -> str:
-    """SHA-256 over types, shapes and values of the images, in order: ``"sha256:<hex>"``.
-
-    The batch size does not matter.
-
-    Args:
-        batches: image tensors whose first dimension is the image: ``[probe.images]``, say.
-    """
-    digest = hashlib.sha256()
-    for images in batches:
-        for image in images.detach().cpu().contiguous():
-            digest.update(f"{image.dtype}|{tuple(image.shape)}|".encode())
-            digest.update(image.flatten().view(torch.uint8).numpy().tobytes())
-    return f"sha256:{digest.hexdigest()}"
 
 
 def _metadata(dataset_digest: str, clip_digest: str) -> dict[str, str]:

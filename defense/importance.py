@@ -13,7 +13,7 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
-from defense.errors import ImportanceError
+from defense.errors import ImportanceError, ImportanceMismatch
 from defense.guards import check_finite, degenerate_because, importance_warnings
 
 logger = logging.getLogger(__name__)
@@ -130,6 +130,19 @@ class NeuronImportance:
                 f"these {len(data)} bytes are not a neuron importance ({error!r}); "
                 "expected the safetensors file that NeuronImportance.to_bytes or 'igd importance export' writes"
             ) from error
+
+
+def check_origin(importance: NeuronImportance) -> None:
+    """Refuse an importance that does not say of which weights it is: nobody could tell whether it fits.
+
+    Raises:
+        ImportanceMismatch: it has no model digest.
+    """
+    if not importance.model_digest:
+        raise ImportanceMismatch(
+            "expected an importance with the digest of the weights it is of, got one without; set model_digest to "
+            "defense.model_digest(model), or rank the model with 'igd rank'"
+        )
 
 
 def load_importance(directory: Path | str) -> NeuronImportance | None:

@@ -1,5 +1,6 @@
 """Rank a model directory on a probe set by any method: resumable, and in several processes under torchrun."""
 
+import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from defense.clip_dissect import collect_activations, dissect
 from defense.datasets import OWN_PROBE_SET, open_dataset, read_datasets
 from defense.defended import DefendedClassifier
 from defense.errors import ProbeSetError, UnreadableImage
-from defense.importance import NeuronImportance
+from defense.importance import NeuronImportance, check_origin
 from defense.leave_one_out import LeaveOneOut
 from defense.model_config import ModelConfig, read_config
 from defense.models import load_classifier
@@ -67,6 +68,7 @@ def rank_neurons(
     if method == "cd-ir":
         return ranking.clip_dissect(clip_of(directory, device), cache_dir)
     identity = {"method": method, "layer": split.layer, "weights": split.model_digest, "probe": ranking.shard.digest}
+    identity["labels"] = hashlib.sha256(ranking.shard.labels.numpy().tobytes()).hexdigest()
     return ranking.leave_one_out(method == "lo-ir-signed", Checkpoint(checkpoint, identity) if checkpoint else None)
 
 
@@ -107,8 +109,10 @@ def check_servable(directory: Path | str, importance: NeuronImportance) -> None:
     """Refuse an importance that the model directory cannot be served with, at its own layer.
 
     Raises:
-        DefenseError: another model, no such layer, or fewer neurons there than model.toml's top_k.
+        DefenseError: another model, or it does not say of which, no such layer, or fewer neurons there than
+            model.toml's top_k.
     """
+    check_origin(importance)
     split = SplitClassifier(load_classifier(directory), importance.layer)
     DefendedClassifier(split, importance, **read_config(directory).defense.arguments)
 
@@ -157,18 +161,19 @@ class _Ranking:
 
     def clip_dissect(self, clip: ClipModel, cache_dir: Path | None) -> NeuronImportance:
         """CD-IR. Its checkpoint is the cache: CLIP's pass is the long one."""
-        total = 2 * len(self.shard)
-        features = self._image_features(clip, cache_dir, total)
+        count = len(self.shard)
+        features = self._image_features(clip, cache_dir)
         activations = collect_activations(
-            self.split, self._batches(0), lambda done: self._progress(len(self.shard) + done, total)
+            self.split, self._batches(0), lambda done: self._progress(count + done, 2 * count)
         )
         unreadable = {skip.index for skip in self.shard.skipped}
-        readable = torch.tensor([i for i in range(len(self.shard)) if i not in unreadable])
-        indices = self.rank + self.world * readable
+        readable = torch.tensor([i for i in range(count) if i not in unreadable])
+        embedded = torch.isfinite(features[readable]).all(1)  # an image that CLIP's pass could not read has no features
+        indices = self.rank + self.world * readable[embedded]
         return dissect(
             self.split,
-            gather_rows(activations, indices),
-            gather_rows(features, indices),
+            gather_rows(activations[embedded], indices),
+            gather_rows(features[readable[embedded]], indices),
             clip=clip,
             class_names=self.config.labels,
             probe_set=self.probe_name,
@@ -177,22 +182,25 @@ class _Ranking:
     def _batches(self, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         return self.shard.batches(self._batch_size, config=self.config.input, start=start)
 
-    def _image_features(self, clip: ClipModel, cache_dir: Path | None, total: int) -> Tensor:
-        def compute() -> Tensor:
-            return torch.cat(list(self._embedded(clip, total)))
-
+    def _image_features(self, clip: ClipModel, cache_dir: Path | None) -> Tensor:
+        """CLIP's features [n, D] of the originals, by its own preprocessing; NaN where an image cannot be read."""
         if cache_dir is None:
-            return compute()
-        return ClipFeatureCache(cache_dir).get_or_compute(self.shard.digest, clip.digest, compute)
+            return self._embed(clip)
+        return ClipFeatureCache(cache_dir).get_or_compute(self.shard.digest, clip.digest, lambda: self._embed(clip))
 
-    def _embedded(self, clip: ClipModel, total: int) -> Iterator[Tensor]:
-        """CLIP's features of the readable images, by its own preprocessing of the originals."""
-        for first in range(0, len(self.shard), self._batch_size):
-            last = min(first + self._batch_size, len(self.shard))
-            images = [image for i in range(first, last) if (image := self._image(i))]
+    def _embed(self, clip: ClipModel) -> Tensor:
+        count, features = len(self.shard), torch.empty(0)
+        for first in range(0, count, self._batch_size):
+            last = min(first + self._batch_size, count)
+            images = {i: image for i in range(first, last) if (image := self._image(i))}
             if images:
-                yield clip.image_features_of(images)
-            self._progress(last, total)
+                rows = clip.image_features_of(list(images.values()))
+                features = features if len(features) else torch.full((count, rows.shape[1]), torch.nan)
+                features[list(images)] = rows
+            self._progress(last, 2 * count)
+        if not len(features):
+            raise ProbeSetError(f"none of the {count} probe images can be read")
+        return features
 
     def _image(self, index: int) -> Image.Image | None:
         try:

@@ -154,4 +154,3 @@ def _load(settings: Settings, version: str) -> LoadedImportance:
 
 def _split(settings: Settings) -> SplitClassifier:
     return SplitClassifier(load_classifier(settings.model), read_config(settings.model).defense.layer)
-

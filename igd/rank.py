@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from defense import NeuronImportance, check_servable, open_probe_set, rank_neurons
+from defense import DefenseError, NeuronImportance, check_servable, open_probe_set, rank_neurons
 from defense.shards import rank_and_world
 from igd.options import DataDir, Model, RedisUrl, settings_of
 from service.settings import Settings
@@ -46,6 +46,8 @@ def rank(
     """Rank the model's neurons on a probe set and publish the importance."""
     settings = settings_of(model, redis_url, data_dir)
     probe = open_probe_set(dataset, settings.model, datasets_file=settings.datasets, images_per_class=images_per_class)
+    if not output:
+        store_of(settings).close()  # a store that is away is better known before the ranking than after it
     with _processes() as device:
         number, count = rank_and_world()
         if checkpoint and count > 1:
@@ -65,6 +67,8 @@ def rank(
                 cache_dir=settings.data_dir / "clip-features",
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
             )
+        for skip in probe.skipped:
+            console.print(f"[yellow]skipped[/] {skip}", highlight=False)
         if number == 0:
             _deliver(importance, settings, console, output=output, activate=activate, force=force)
     if checkpoint:
@@ -108,7 +112,11 @@ def _deliver(
         console.print(f"[yellow]not activated, the ranking is degenerate:[/] {importance.degenerate}; see --force")
         activate = False
     if activate:
-        check_servable(settings.model, importance)
+        try:
+            check_servable(settings.model, importance)
+        except DefenseError as error:
+            console.print(f"[yellow]not activated, it cannot be served:[/] {error}", highlight=False)
+            activate = False
     with store_of(settings) as store:
         version = store.publish(importance, activate=activate)
     console.print(f"published {'and activated ' if activate else ''}{importance.method} at {importance.layer}:")

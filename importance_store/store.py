@@ -1,5 +1,6 @@
 """The versions of one model's importance in Redis, one of which is active."""
 
+import logging
 from contextlib import AbstractContextManager
 from enum import Enum
 from typing import Any, Literal, TypeAlias, cast
@@ -10,6 +11,7 @@ from ulid import ULID
 from defense.importance import NeuronImportance
 from importance_store import scripts
 from importance_store.errors import (
+    CorruptImportance,
     NoActiveImportance,
     StoreUnavailable,
     VersionConflict,
@@ -19,6 +21,8 @@ from importance_store.errors import (
 )
 from importance_store.keys import Keys
 from importance_store.records import LoadedImportance, StoredVersion, from_fields, metadata_from, to_fields
+
+logger = logging.getLogger(__name__)
 
 STAGED_FOR_S = 3600
 PRUNED_AFTER_S = 300
@@ -146,11 +150,13 @@ class ImportanceStore:
                 rows.hmget(self._keys.version(version.decode()), ["meta", "sha256"])
                 rows.hstrlen(self._keys.version(version.decode()), "blob")
             answers = rows.execute()
-        return [
+        rows_of = zip(history, answers[::2], answers[1::2], strict=True)
+        stored = (
             _stored_version(version.decode(), version == active, meta, sha256, size)
-            for version, (meta, sha256), size in zip(history, answers[::2], answers[1::2], strict=True)
+            for version, (meta, sha256), size in rows_of
             if sha256 is not None  # pruned since the history was read
-        ]
+        )
+        return [version for version in stored if version]
 
     def ping(self) -> None:
         """Raise a ``StoreError`` unless the server answers."""
@@ -234,8 +240,12 @@ def _compare(expected: Expected) -> list[int | str]:
     return [0, ""] if expected is ANY else [1, expected or ""]
 
 
-def _stored_version(version: str, active: bool, meta: bytes | None, sha256: bytes, size: int) -> StoredVersion:
-    return StoredVersion(version, active, metadata_from(version, meta), size, sha256.decode())
+def _stored_version(version: str, active: bool, meta: bytes | None, sha256: bytes, size: int) -> StoredVersion | None:
+    try:
+        return StoredVersion(version, active, metadata_from(version, meta), size, sha256.decode())
+    except CorruptImportance as error:  # one damaged version must not hide the others
+        logger.error("not listed: %s", error)
+        return None
 
 
 def server_name(client: redis.Redis) -> str:

@@ -3,7 +3,6 @@
 import base64
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
@@ -25,8 +24,8 @@ DESCRIPTION = """An image classifier under IG-Defense (Kulkarni & Weng, ECCV 202
 second time with only the neurons that matter for the classes the first pass believes in. No training.
 
 ```
-curl -H 'Content-Type: image/png' --data-binary @{sample} '{address}/classify?top=3'
-curl -F images=@{sample} -F images=@{sample} {address}/classify
+curl{key} -H 'Content-Type: image/png' --data-binary @{sample} '{address}/classify?top=3'
+curl{key} -F images=@{sample} -F images=@{sample} {address}/classify
 curl -H 'Authorization: Bearer ADMIN_KEY' -H 'Content-Type: application/json' \\
   -d '{{"method": "lo-ir"}}' {address}/rank-neurons
 ```
@@ -49,18 +48,20 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         yield
         await app.state.runtime.stop()
 
-    sample = next(iter(sorted((settings.model / "samples").glob("*.png"))), None)
-    description = DESCRIPTION.format(sample=sample or "image.png", address=f"http://{settings.host}:{settings.port}")
     # The offline variant brings the page's scripts along: a security service loads nothing from elsewhere.
-    app: FastAPI = FastAPIOffline(title="IG-Defense", version="0.1.0", description=description, lifespan=lifespan)
+    app: FastAPI = FastAPIOffline(title="IG-Defense", version="0.1.0", lifespan=lifespan)
     app.state.runtime = Runtime(settings, metrics)
     for module in (classify, importance, ranking, status):
         app.include_router(module.router)
-    app.add_middleware(RequestContext, metrics=metrics, max_body_bytes=settings.max_body_bytes)
+    app.add_middleware(
+        RequestContext,
+        metrics=metrics,
+        max_body_bytes=settings.max_body_bytes,
+        max_total_bytes=max(settings.max_body_bytes, int(settings.max_total_mb * 1_000_000)),
+    )
     app.add_exception_handler(HTTPException, _http_problem)  # type: ignore[arg-type]
     app.add_exception_handler(RequestValidationError, _validation_problem)  # type: ignore[arg-type]
-    if sample:
-        _show_example(app, sample)
+    _show_examples(app, settings)
     return app
 
 
@@ -79,10 +80,19 @@ def _validation_problem(request: Request, error: RequestValidationError) -> Resp
     return ProblemResponse(422, "; ".join(problems), request_id=request.state.request_id)
 
 
-def _show_example(app: FastAPI, sample: Path) -> None:
-    plain_openapi, example = app.openapi, base64.b64encode(sample.read_bytes()).decode()
+def _show_examples(app: FastAPI, settings: Settings) -> None:
+    """Examples that work as they stand: with the address, the sample image and the keys of this server."""
+    sample = next(iter(sorted((settings.model / "samples").glob("*.png"))), None)
+    image = base64.b64encode(sample.read_bytes()).decode() if sample else None
+    plain_openapi = app.openapi
 
     def openapi() -> dict[str, Any]:
-        return with_example(plain_openapi(), example)
+        schema = plain_openapi()
+        schema["info"]["description"] = DESCRIPTION.format(
+            sample=sample or "image.png",
+            address=app.state.runtime.address,
+            key=" -H 'Authorization: Bearer API_KEY'" if settings.api_keys else "",
+        )
+        return with_example(schema, image) if image else schema
 
     app.openapi = openapi  # type: ignore[method-assign]

@@ -1,7 +1,7 @@
 """Dynamic batching by late binding: when the device is free, it takes whatever waits, up to a batch.
 
 There is no timer: a lone request never waits for others, and under load batches fill by themselves while the device is
-busy (the policy of text-embeddings-inference; see benchmarks/README.md for how it compares with timed batching).
+busy. It is the policy of text-embeddings-inference.
 """
 
 import asyncio

@@ -16,6 +16,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 WARN_BELOW, FALL_BACK_BELOW = 0.99, 0.95
 
 
+def resolve_device(name: str) -> str:
+    """The device of that name; ``"auto"``: cuda if there is one, else cpu."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype of that name; ``"auto"``: bfloat16 where the hardware multiplies it, else float32.
 

@@ -2,6 +2,8 @@
 
 from importance_store.keys import Keys
 
+_QUEUE_PREFIX = "igd-"
+
 
 class JobKeys(Keys):
     """The keys of one model's jobs, beside those of its importance."""
@@ -9,12 +11,17 @@ class JobKeys(Keys):
     def __init__(self, model: str) -> None:
         super().__init__(model)
         prefix = f"igd:{{{model}}}:"
-        self.queue = f"igd-{model}"  # name of the RQ queue
+        self.queue = _QUEUE_PREFIX + model  # name of the RQ queue
         self.jobs = prefix + "jobs"  # sorted set: job ids by time of submission
         self.submitting = prefix + "submitting"  # lock: one submission at a time
         self._job_prefix = prefix + "job:"
         self._in_flight_prefix = prefix + "in-flight:"
         self._idempotency_prefix = prefix + "idempotency:"
+
+    @staticmethod
+    def model_of(queue: str) -> str:
+        """The model whose jobs wait in an RQ queue."""
+        return queue.removeprefix(_QUEUE_PREFIX)
 
     def progress(self, job_id: str) -> str:
         """String: JSON of the job's progress and the tail of its log, expires with the job."""

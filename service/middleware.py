@@ -20,7 +20,7 @@ from importance_store import (
     VersionNotFound,
     WrongModel,
 )
-from service.errors import ProblemResponse, ServiceError, TooLarge
+from service.errors import ProblemResponse, QueueFull, ServiceError, TooLarge
 from service.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -42,10 +42,13 @@ class RequestContext:
 
     Args:
         max_body_bytes: a larger body gets 413, before it is read if it says its length.
+        max_total_bytes: of the bodies of all requests under way; what comes on top gets 429.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, max_body_bytes: int) -> None:
-        self.app, self.metrics, self.max_body_bytes = app, metrics, max_body_bytes
+    def __init__(self, app: ASGIApp, metrics: Metrics, max_body_bytes: int, max_total_bytes: int) -> None:
+        self.app, self.metrics = app, metrics
+        self.max_body_bytes, self.max_total_bytes = max_body_bytes, max_total_bytes
+        self.held_bytes = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -56,7 +59,7 @@ class RequestContext:
         headers = dict(scope["headers"])
         request_id = _request_id(headers.get(b"x-request-id"))
         scope.setdefault("state", {}).update(request_id=request_id, arrived_at=started)
-        status = 0
+        status, body = 0, _Body(self, receive)
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
@@ -67,7 +70,7 @@ class RequestContext:
 
         try:
             self._check_length(headers.get(b"content-length"))
-            await self.app(scope, _limited(receive, self.max_body_bytes), send_with_id)
+            await self.app(scope, body.receive, send_with_id)
         except ClientDisconnect:
             pass  # nobody is there to be answered
         except Exception as error:
@@ -77,12 +80,33 @@ class RequestContext:
                 raise
             await problem_of(error, request_id)(scope, receive, send_with_id)
         finally:
+            self.held_bytes -= body.received
             endpoint = scope["path"].strip("/").partition("/")[0]
             self.metrics.observe_request(endpoint, status or 499, time.perf_counter() - started)
 
     def _check_length(self, length: bytes | None) -> None:
         if length is not None and length.isdigit() and int(length) > self.max_body_bytes:
             raise body_too_large(self.max_body_bytes)
+
+
+class _Body:
+    """Counts what a request's body holds of the limits."""
+
+    def __init__(self, context: RequestContext, receive: Receive) -> None:
+        self._context, self._receive, self.received = context, receive, 0
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        size = len(message.get("body", b""))
+        self.received += size
+        self._context.held_bytes += size
+        if self.received > self._context.max_body_bytes:
+            raise body_too_large(self._context.max_body_bytes)
+        if self._context.held_bytes > self._context.max_total_bytes:
+            raise QueueFull(
+                "the bodies of the requests under way fill the memory set aside for them; try again in 1 s", 1
+            )
+        return message
 
 
 def problem_of(error: Exception, request_id: str) -> ProblemResponse:
@@ -103,20 +127,6 @@ def body_too_large(max_body_bytes: int) -> TooLarge:
         f"expected a body of at most {max_body_bytes} bytes; send fewer or smaller images, or raise IGD_MAX_BODY_MB",
         {"Connection": "close"},
     )
-
-
-def _limited(receive: Receive, max_body_bytes: int) -> Receive:
-    received = 0
-
-    async def receive_limited() -> Message:
-        nonlocal received
-        message = await receive()
-        received += len(message.get("body", b""))
-        if received > max_body_bytes:
-            raise body_too_large(max_body_bytes)
-        return message
-
-    return receive_limited
 
 
 def _request_id(given: bytes | None) -> str:

@@ -20,7 +20,8 @@ from defense import (
     load_probe_set,
     read_config,
 )
-from service.engine import FALL_BACK_BELOW, WARN_BELOW, EngineSplit, agreement, choose_dtype
+from defense.importance import check_origin
+from service.engine import FALL_BACK_BELOW, WARN_BELOW, EngineSplit, agreement, choose_dtype, resolve_device
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ class Predictor:
     ) -> None:
         if threads:
             torch.set_num_threads(threads)
-        self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        self.device = torch.device(resolve_device(device))
         self.config = read_config(directory)
         self._model = load_classifier(directory).to(self.device)
         self.split = SplitClassifier(self._model, self.config.defense.layer)
@@ -93,6 +94,7 @@ class Predictor:
         Raises:
             DefenseError: it does not fit.
         """
+        check_origin(importance)
         self._defend(self._split_at(importance.layer), importance)
 
     def prepare(self, version: str, importance: NeuronImportance) -> ServedDefense:

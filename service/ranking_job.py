@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,9 @@ from defense import (
     model_digest,
     open_probe_set,
     rank_neurons,
-    read_config,
 )
 from importance_store import ConnectedStore, StoreError, StoreUnavailable, VersionConflict
+from service.engine import resolve_device
 from service.job_keys import JobKeys
 from service.job_report import JobReport
 from service.schemas import RankRequest
@@ -46,7 +47,7 @@ def run(request: dict[str, Any], model_digest: str, expected_active: str | None)
     if job is None:
         raise RuntimeError("service.ranking_job.run is to be called by an RQ worker")
     torch.set_num_threads(settings.worker_threads)
-    with JobReport(job, JobKeys(read_config(settings.model).name)) as report:
+    with JobReport(job, JobKeys(JobKeys.model_of(job.origin))) as report:
         _step_back()
         try:
             task = RankingTask(settings, RankRequest.model_validate(request), job.id, model_digest, expected_active)
@@ -71,8 +72,9 @@ def _step_back() -> None:
     For this thread, and those of torch that it will start.
     """
     if sys.platform == "linux":
-        # Nice alone still lets a ranking hold a core for milliseconds when a request comes.
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        # Nice alone still lets a ranking hold a core for milliseconds when a request comes. A sandbox may refuse it.
+        with suppress(OSError):
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,7 @@ class RankingTask:
             layer=request.layer,
             checkpoint=checkpoint_of(settings, self.job_id),
             cache_dir=settings.data_dir / "clip-features",
+            device=resolve_device(settings.device),
             progress=report.progress,
         )
         notes = [*importance.warnings, *(f"skipped {skip}" for skip in probe.skipped[:MAX_SKIPS_TOLD])]

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from starlette.requests import HTTPConnection
 
-from defense import DefenseError, check_dataset, load_importance
+from defense import DefenseError, NeuronImportance, check_dataset, load_importance
 from importance_store import (
     ChangeWatcher,
     ConnectedStore,
@@ -60,6 +60,7 @@ class Runtime:
         self.problem: str | None = "no importance has been loaded yet"
         self.store_up = False
         self.draining = False
+        self.address = f"http://{settings.host}:{settings.port}"  # corrected when a free port was asked for
         self.fatal: BaseException | None = None
 
     @property
@@ -93,6 +94,15 @@ class Runtime:
         check_dataset(request.dataset, self.settings.datasets)
         if request.layer is not None:
             self.predictor.split.find_layer(request.layer)
+
+    def check_importance(self, importance: NeuronImportance) -> None:
+        """Refuse an importance that cannot be served; to be called from outside the event loop.
+
+        Raises:
+            DefenseError: it does not fit this model.
+        """
+        # On the device thread: tracing a new layer patches torch's modules, and a prediction beside it would break.
+        self._device.submit(self.predictor.check, importance).result()
 
     @property
     def in_flight(self) -> int:
@@ -214,7 +224,7 @@ class Runtime:
         try:
             importance = load_importance(self.settings.model)
             if importance is not None:
-                self.predictor.check(importance)
+                self.check_importance(importance)
                 version = store.publish(importance, expected_active=None)
                 logger.info("published the importance of %s as version %s", self.settings.model, version)
         except VersionConflict:

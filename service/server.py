@@ -36,7 +36,8 @@ class Server(uvicorn.Server):
         await self._runtime.start()
         await super().startup(sockets)
         if self.started:
-            print(banner(self._runtime, self._address()), flush=True)
+            self._runtime.address = self._address()
+            print(banner(self._runtime), flush=True)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -74,9 +75,10 @@ class Server(uvicorn.Server):
         return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-def banner(runtime: Runtime, address: str) -> str:
+def banner(runtime: Runtime) -> str:
     """Where it listens, what it serves, and a line to try it with."""
     config, served, settings = runtime.predictor.config, runtime.served, runtime.settings
+    address = runtime.address
     serving = (
         f"importance {served.version} ({served.importance.method} at {served.importance.layer})"
         if served

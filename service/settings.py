@@ -51,6 +51,7 @@ class Settings(BaseSettings):
     )
     max_images: Positive = Field(256, description="Images in one request.")
     max_body_mb: float = Field(32.0, gt=0, description="Megabytes in one request body.")
+    max_total_mb: float = Field(512.0, gt=0, description="Megabytes in the bodies of all requests under way.")
     max_pixels: Positive = Field(
         50_000_000,
         le=178_956_970,  # where Pillow refuses by itself
@@ -80,10 +81,13 @@ class Settings(BaseSettings):
 
     def environment(self) -> dict[str, str]:
         """The environment for a process that is to have the same settings; secrets stay out of its command line."""
-        plain = self.model_dump(exclude_none=True, exclude_defaults=True)
-        secrets = {name: value.get_secret_value() for name, value in plain.items() if isinstance(value, SecretStr)}
-        values = {name: value for name, value in plain.items() if name not in secrets and name != "api_keys"}
-        return os.environ | {f"IGD_{name.upper()}": str(value) for name, value in (values | secrets).items()}
+        own = {f"IGD_{name.upper()}": _as_text(value) for name, value in self if value is not None}
+        others = {name: value for name, value in os.environ.items() if not name.upper().startswith("IGD_")}
+        return others | own
+
+    def export(self) -> None:
+        """Give the processes that this one forks the same settings."""
+        os.environ.update(self.environment())
 
     def required_admin_key(self) -> str:
         """The admin key.
@@ -94,3 +98,9 @@ class Settings(BaseSettings):
         if self.admin_key is None:
             raise Forbidden("admin endpoints are off because IGD_ADMIN_KEY is not set; set it and restart the server")
         return self.admin_key.get_secret_value()
+
+
+def _as_text(value: object) -> str:
+    if isinstance(value, SecretStr):
+        return value.get_secret_value()
+    return ",".join(map(_as_text, value)) if isinstance(value, tuple) else str(value)

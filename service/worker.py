@@ -117,6 +117,7 @@ def work(settings: Settings, *, parent: int | None = None) -> None:
         parent: process id; the worker ends when that is no longer its parent.
     """
     os.nice(NICENESS)
+    settings.export()  # the processes that run the jobs read their settings anew
     if parent is not None:
         threading.Thread(target=_end_without, args=(parent,), name="parent watch", daemon=True).start()
     while True:

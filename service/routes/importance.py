@@ -1,6 +1,7 @@
 """/importance: the versions in the store; look at one, publish or roll back to one."""
 
 import asyncio
+import hashlib
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query
@@ -8,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from defense import DefenseError, NeuronImportance
-from importance_store import StoredVersion, StoreError, StoreUnavailable
+from importance_store import LoadedImportance, StoredVersion, StoreError, StoreUnavailable
 from service.errors import Unprocessable
 from service.routes.auth import require_admin
 from service.routes.documentation import problems
@@ -52,7 +53,9 @@ async def list_importance(request: Request) -> ImportanceListResponse:
 async def show_importance(
     request: Request,
     version: str,
-    top_k: Annotated[int | None, Query(ge=1, description="Neurons of each class; the served top_k by default.")] = None,
+    top_k: Annotated[
+        int | None, Query(ge=1, le=1000, description="Neurons of each class; the served top_k by default.")
+    ] = None,
 ) -> Response:
     """One version as the importance dictionary; with `Accept: application/octet-stream` its safetensors bytes."""
     runtime = runtime_of(request)
@@ -60,12 +63,17 @@ async def show_importance(
     if BYTES in request.headers.get("accept", ""):
         headers = {"Content-Disposition": f'attachment; filename="{version}.safetensors"'}
         return Response(loaded.importance.to_bytes(), media_type=BYTES, headers=headers)
-    labels = runtime.predictor.config.labels
+    # In a thread: a thousand classes are megabytes of JSON, and the event loop has predictions to answer.
+    return await asyncio.to_thread(_dictionary_response, runtime, loaded, top_k)
+
+
+def _dictionary_response(runtime: Runtime, loaded: LoadedImportance, top_k: int | None) -> JSONResponse:
+    config, (version, importance) = runtime.predictor.config, loaded
     body = {
         "version": version,
         "active": version == runtime.active_version,
-        "metadata": loaded.importance.metadata(),
-        "classes": importance_dictionary(loaded.importance, labels, top_k or runtime.predictor.config.defense.top_k),
+        "metadata": importance.metadata(),
+        "classes": importance_dictionary(importance, config.labels, top_k or config.defense.top_k),
     }
     return JSONResponse(body)
 
@@ -85,11 +93,13 @@ def _activate(runtime: Runtime, version: str) -> VersionResponse:
     store = runtime.store
     loaded = store.load(version, model_digest=runtime.predictor.model_digest)
     try:
-        runtime.predictor.check(loaded.importance)
+        runtime.check_importance(loaded.importance)
     except DefenseError as error:
         raise Unprocessable(f"version {version} cannot be served: {error}") from error
     store.activate(version)
-    return next(version_response(v) for v in store.versions() if v.version == version)
+    blob = loaded.importance.to_bytes()
+    sha256 = hashlib.sha256(blob).hexdigest()
+    return version_response(StoredVersion(version, True, loaded.importance.metadata(), len(blob), sha256))
 
 
 def version_response(stored: StoredVersion) -> VersionResponse:

@@ -66,7 +66,7 @@ async def follow_job(request: Request, job_id: str) -> StreamingResponse:
 
 async def _events(request: Request, job: RankingJob) -> AsyncIterator[str]:
     yield _event(job)
-    while job.state in UNFINISHED:
+    while job.state in UNFINISHED and not runtime_of(request).draining:
         await asyncio.sleep(EVENT_S)
         try:
             latest = await asyncio.to_thread(runtime_of(request).jobs.get, job.id)

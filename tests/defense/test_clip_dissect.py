@@ -21,8 +21,8 @@ from defense import (
     load_probe_set,
     read_config,
 )
-from defense.clip import CLIP_FOLDER, CONFIG_FILE, WEIGHTS_FILE, ClipModel
-from defense.clip_cache import ClipFeatureCache, dataset_digest
+from defense.clip import CONFIG_FILE, WEIGHTS_FILE, ClipModel
+from defense.clip_cache import ClipFeatureCache
 from defense.clip_dissect import clip_dissect_importance, collect_activations
 from defense.similarities import cos_cubed, rank_reorder, soft_wpmi
 from toy_models import PixelNet, small_conv_net
@@ -285,7 +285,7 @@ def test_unusable_arguments_are_refused_before_any_work() -> None:
 
 
 def features_through(cache: ClipFeatureCache, clip: FakeClip, images: Tensor) -> Tensor:
-    return cache.get_or_compute(dataset_digest([images]), "sha256:clip", lambda: clip.image_features(images))
+    return cache.get_or_compute("sha256:images", "sha256:clip", lambda: clip.image_features(images))
 
 
 def test_a_second_model_or_layer_skips_the_clip_pass(tmp_path: Path) -> None:
@@ -341,13 +341,6 @@ def test_a_directory_that_cannot_be_written_costs_the_cache_only(
     cache = ClipFeatureCache(tmp_path / "file")
     assert cache.get_or_compute("data", "clip", lambda: torch.ones(2, 3)).shape == (2, 3)
     assert "cannot cache" in caplog.text
-
-
-def test_a_dataset_digest_depends_on_the_images_and_not_on_their_batches() -> None:
-    images = torch.randint(256, (6, 8, 8, 1), dtype=torch.uint8)
-    assert dataset_digest([images]) == dataset_digest(images.split(4))
-    assert dataset_digest([images]) != dataset_digest([images.flip(0)])
-    assert dataset_digest([images]) != dataset_digest([images.view(6, 4, 16, 1)])
 
 
 # --- open_clip ---
@@ -443,14 +436,14 @@ def test_weights_run_with_the_activation_they_were_trained_with(
 
 
 @pytest.mark.skipif(
-    not (BUNDLED / CLIP_FOLDER / WEIGHTS_FILE).exists() or not (BUNDLED / "weights.safetensors").exists(),
+    not (BUNDLED / "clip" / WEIGHTS_FILE).exists() or not (BUNDLED / "weights.safetensors").exists(),
     reason=f"the weights of the bundled classifier and its CLIP are not in {BUNDLED}; models/README.md trains them",
 )
 def test_the_bundled_model_is_ranked_offline(tmp_path: Path) -> None:
     config, probe = read_config(BUNDLED), load_probe_set(BUNDLED)
-    clip, cache = ClipModel.from_directory(BUNDLED / CLIP_FOLDER), ClipFeatureCache(tmp_path)
+    clip, cache = ClipModel.from_directory(BUNDLED / "clip"), ClipFeatureCache(tmp_path)
     features = cache.get_or_compute(
-        dataset_digest([probe.images]),
+        probe.digest,
         clip.digest,
         lambda: torch.cat([clip.image_features(images) for images, _ in probe.batches()]),
     )

@@ -292,10 +292,10 @@ def test_the_digest_follows_the_files(tmp_path: Path) -> None:
     assert len({before, touched, opened("image-folder", root).digest}) == 3
 
 
-def test_the_digest_of_arrays_follows_images_and_labels() -> None:
+def test_the_digest_of_arrays_follows_the_images_whatever_the_model_calls_them() -> None:
     images, labels = torch.zeros(2, 4, 4, 3, dtype=torch.uint8), torch.tensor([0, 1])
     digests = {ArrayProbeSet("a", i, n).digest for i in (images, images + 1) for n in (labels, labels.flip(0))}
-    assert len(digests) == 4 and ArrayProbeSet("b", images.clone(), labels).digest in digests
+    assert len(digests) == 2 and ArrayProbeSet("b", images.clone(), labels).digest in digests
 
 
 # Arrays

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from defense import NeuronImportance, open_probe_set, rank_neurons
+from defense import NeuronImportance
 from defense.resnet import CifarResNet
 from importance_store import open_store
 from service.jobs import MAX_DEATHS, RankingJobs
@@ -70,7 +70,7 @@ def write_folder(directory, damaged):
 
 
 class Material:
-    """A model directory and datasets; made once, not to be changed."""
+    """A model directory and datasets, not to be changed."""
 
     def __init__(self, directory):
         self.model, self.datasets = write_model(directory / "slow"), directory / "datasets.toml"
@@ -85,15 +85,6 @@ class Material:
             write_folder(directory / name, damaged)
             lines.append(f'[datasets.{name}]\nkind = "image-folder"\npath = "{name}"')
         self.datasets.write_text("\n".join(lines))
-        self._scores = None
-
-    @property
-    def scores(self):
-        """Of "some" at layer1, by an uninterrupted ranking."""
-        if self._scores is None:
-            probe = open_probe_set("some", self.model, datasets_file=self.datasets)
-            self._scores = rank_neurons(self.model, probe, layer="layer1").scores
-        return self._scores
 
 
 @pytest.fixture(scope="module")
@@ -243,6 +234,10 @@ def job_process(worker):
     return soon(lambda: children(pid), "a job's process")[0][0]
 
 
+def assert_same_scores(scores, expected):
+    torch.testing.assert_close(scores, expected, rtol=1e-6, atol=1e-8)
+
+
 def assert_is_problem(response, status, *fragments):
     assert response.status_code == status, response.text
     assert response.headers["content-type"] == "application/problem+json"
@@ -338,20 +333,26 @@ def test_a_ranking_of_a_layer_with_fewer_neurons_than_top_k_is_not_activated(cli
     assert client.http.get("/importance").json()["active"] == before
 
 
-@pytest.mark.usefixtures("worker")
-def test_the_events_of_a_job_tell_its_progress_until_it_has_ended(client):
-    job_id = client.submit_slow()
-    told = []
-    with client.http.stream("GET", f"/rank-neurons/{job_id}/events") as events:
+@pytest.fixture(scope="module")
+def told(client, worker):
+    """What the events of a job tell that nothing disturbs."""
+    with client.http.stream("GET", f"/rank-neurons/{client.submit_slow()}/events") as events:
         assert events.headers["content-type"].startswith("text/event-stream")
-        for line in events.iter_lines():
-            assert line in ("", "event: job") or line.startswith("data: ")
-            if line.startswith("data: "):
-                told.append(json.loads(line.removeprefix("data: ")))
+        lines = list(events.iter_lines())
+    assert set(lines[::3]) == {"event: job"} and set(lines[2::3]) == {""}
+    return [json.loads(line.removeprefix("data: ")) for line in lines[1::3]]
 
+
+@pytest.fixture(scope="module")
+def uninterrupted(client, told):
+    """Scores of that job."""
+    return client.scores(told[-1])
+
+
+def test_the_events_of_a_job_tell_its_progress_until_it_has_ended(client, told):
     states = [job["state"] for job in told]
     assert sorted(set(states), key=states.index)[-2:] == ["running", "succeeded"]
-    assert told[-1] == client.job(job_id)
+    assert told[-1] == client.job(told[-1]["id"])
     under_way = [job["progress"] for job in told if job["state"] == "running" and job["progress"]["rate"]]
     done = [progress["done"] for progress in under_way]
     assert len(set(done)) > 3 and done == sorted(done)
@@ -597,15 +598,14 @@ def test_a_job_is_queued_once_by_workers_that_find_it_interrupted_at_the_same_mo
 
 
 def test_the_next_worker_goes_on_with_an_interrupted_job_from_its_checkpoint(
-    wreck, wreck_client, interrupted, material
+    wreck, wreck_client, interrupted, uninterrupted
 ):
     began = time.monotonic()
     wreck.start_worker()
     wreck_client.until(interrupted[0], "running")
     print(f"\nran again {time.monotonic() - began:.2f} s after another worker's start")
 
-    scores = wreck_client.scores(wreck_client.succeeded(interrupted[0]))
-    torch.testing.assert_close(scores, material.scores, rtol=1e-6, atol=1e-8)
+    assert_same_scores(wreck_client.scores(wreck_client.succeeded(interrupted[0])), uninterrupted)
     assert [wreck_client.job(job_id)["state"] for job_id in interrupted[1:]] == ["cancelled", "cancelled"]
 
 
@@ -623,7 +623,7 @@ def redis_site(start_igd, material, tmp_path, redis):
     return Site(start_igd, material, tmp_path / "data", redis.url)
 
 
-def test_a_killed_job_process_is_replaced_and_goes_on_from_its_checkpoint(own_site, material):
+def test_a_killed_job_process_is_replaced_and_goes_on_from_its_checkpoint(own_site, uninterrupted):
     with Client(own_site.serve()) as client:
         worker, job_id = own_site.start_worker(), client.submit_slow()
         soon(own_site.checkpoint(job_id).exists, "a checkpoint")
@@ -640,7 +640,7 @@ def test_a_killed_job_process_is_replaced_and_goes_on_from_its_checkpoint(own_si
 
         assert min(d for d in done if d) >= CHECKPOINT_IMAGES
         assert job["progress"]["done"] == NUM_IMAGES["some"]
-        torch.testing.assert_close(client.scores(client.succeeded(job_id)), material.scores, rtol=1e-6, atol=1e-8)
+        assert_same_scores(client.scores(client.succeeded(job_id)), uninterrupted)
         assert len(client.http.get("/importance").json()["versions"]) == 1
         assert not own_site.checkpoint(job_id).exists()
         print(f"\na killed job process was replaced after {took_s:.2f} s")
@@ -678,7 +678,7 @@ def test_a_worker_that_is_stopped_in_order_hands_its_job_on_at_once(redis_site):
         print(f"\na worker with a running job ended {took_s:.2f} s after SIGTERM")
 
 
-def test_a_killed_server_takes_its_worker_along_and_its_successor_goes_on(own_site, material):
+def test_a_killed_server_takes_its_worker_along_and_its_successor_goes_on(own_site, uninterrupted):
     server = own_site.serve(IGD_WORKER="true")
     with Client(server) as client:
         job_id = client.submit_slow()
@@ -693,7 +693,7 @@ def test_a_killed_server_takes_its_worker_along_and_its_successor_goes_on(own_si
         began = time.monotonic()
         assert [job["id"] for job in client.http.get("/rank-neurons").json()["jobs"]] == [job_id]
         job = client.succeeded(job_id)
-        torch.testing.assert_close(client.scores(job), material.scores, rtol=1e-6, atol=1e-8)
+        assert_same_scores(client.scores(job), uninterrupted)
         print(f"\nafter a restart of the killed server its job ended in {time.monotonic() - began:.2f} s")
         second = client.submit_slow(method="lo-ir-signed")
         client.until_ranking(second)
@@ -757,7 +757,7 @@ def test_a_job_goes_on_while_redis_is_away(redis_site, redis, take_away):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a file system that is full")
-def test_a_full_disk_costs_a_warning_and_not_the_job(own_site, material):
+def test_a_full_disk_costs_a_warning_and_not_the_job(own_site, uninterrupted):
     checkpoints = own_site.data_dir / "checkpoints"
     checkpoints.mkdir(parents=True, mode=0o700)
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", checkpoints], capture_output=True)
@@ -771,7 +771,7 @@ def test_a_full_disk_costs_a_warning_and_not_the_job(own_site, material):
             own_site.start_worker()
             job = client.succeeded(client.submit_slow())
             assert any("WARNING" in line and "no checkpoint could be written" in line for line in job["log"])
-            torch.testing.assert_close(client.scores(job), material.scores, rtol=1e-6, atol=1e-8)
+            assert_same_scores(client.scores(job), uninterrupted)
     finally:
         subprocess.run(["umount", "--lazy", checkpoints], check=True)
 

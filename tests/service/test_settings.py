@@ -30,6 +30,7 @@ VALUES = {
     "drain_delay_s": ("1.5", 1.5),
     "max_images": ("3", 3),
     "max_body_mb": ("1.5", 1.5),
+    "max_total_mb": ("1.5", 1.5),
     "max_pixels": ("3", 3),
     "datasets": ("datasets.toml", Path("datasets.toml")),
     "worker": ("false", False),
