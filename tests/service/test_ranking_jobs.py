@@ -10,7 +10,7 @@ import signal
 import subprocess
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -102,6 +102,48 @@ def _writes_to(process, directory):
         return any((process / "fd" / fd).readlink().is_relative_to(directory) for fd in "12")
     except OSError:
         return False
+
+
+class Haste:
+    """Takes job processes out of the idle scheduling class, in which a machine busy with other things never runs them.
+
+    They stay at nice 10. Without the right to do so the tests are slow there.
+    """
+
+    def __init__(self, directory):
+        self._directory, self._ending, self.wanted = directory, threading.Event(), True
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception):
+        self._ending.set()
+        self._thread.join()
+
+    def _run(self):
+        while not self._ending.wait(0.1):
+            for thread, policy in policies(*processes_of(self._directory)).items() if self.wanted else ():
+                with suppress(OSError):
+                    if policy == os.SCHED_IDLE:
+                        os.sched_setscheduler(thread, os.SCHED_OTHER, os.sched_param(0))
+
+
+def policies(*pids):
+    """Scheduling policy of each thread of these processes."""
+    found = {}
+    for pid in pids:
+        with suppress(OSError):
+            threads = [int(task.name) for task in Path(f"/proc/{pid}/task").iterdir()]
+            found |= {thread: os.sched_getscheduler(thread) for thread in threads}
+    return found
+
+
+@pytest.fixture(autouse=True, scope="module")
+def haste(tmp_path_factory):
+    with Haste(tmp_path_factory.getbasetemp()) as haste:
+        yield haste
 
 
 @contextmanager
@@ -362,15 +404,19 @@ def test_the_events_of_a_job_tell_its_progress_until_it_has_ended(client, told):
         assert progress["eta_s"] == pytest.approx(left / progress["rate"], rel=0.01, abs=0.01)
 
 
-def test_a_job_runs_at_low_priority_in_a_process_of_the_worker(client, server, worker):
+def test_a_job_runs_in_a_process_of_the_worker_that_leaves_the_processors_to_the_server(client, server, worker, haste):
+    haste.wanted = False
     job_id = client.submit_slow()
-    client.until_ranking(job_id)
+    process = job_process(worker)
 
-    assert os.getpriority(os.PRIO_PROCESS, job_process(worker)) == 10
-    assert os.getpriority(os.PRIO_PROCESS, pid_of(worker)) == 10
-    assert os.getpriority(os.PRIO_PROCESS, pid_of(server)) == 0
-    assert client.job(job_id)["state"] == "running"
-    client.cancel(job_id)
+    # What ranks is in the idle class; what reports and hears of being cancelled is not, or would come too late.
+    soon(lambda: policies(process).get(process) == os.SCHED_IDLE, "the ranking's stepping back")
+    assert os.SCHED_OTHER in policies(process).values()
+    for pid, niceness in ((process, 10), (pid_of(worker), 10), (pid_of(server), 0)):
+        assert os.getpriority(os.PRIO_PROCESS, pid) == niceness
+    assert os.SCHED_IDLE not in policies(pid_of(worker), pid_of(server)).values()
+    assert client.cancel(job_id).json()["state"] == "cancelled"
+    haste.wanted = True
 
 
 def test_a_running_job_is_cancelled_within_a_second(client, worker, site):
