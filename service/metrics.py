@@ -44,6 +44,11 @@ class Metrics:
             ["version", "method", "layer", "top_k"],
             registry=self.registry,
         )
+        self.agreement = Gauge(
+            "igd_precision_agreement",
+            "Share of probe images with the same defended prediction in float32; NaN if not compared.",
+            registry=self.registry,
+        )
         for endpoint in ENDPOINTS:
             self.request_seconds.labels(endpoint)
             for outcome in OUTCOMES:

@@ -78,6 +78,7 @@ class Predictor:
         self.split = SplitClassifier(self._model, self.config.defense.layer)
         self._splits = {self.split.layer: self.split}
         self._engines: dict[tuple[str, torch.dtype], EngineSplit] = {}
+        self._precisions: dict[str, tuple[torch.dtype, float | None]] = {}
         self._max_batch_size = max_batch_size
         self._probe = self._probe_images(directory)
         self._dtype = self._checked_dtype(dtype)
@@ -103,17 +104,23 @@ class Predictor:
         Raises:
             DefenseError: it does not fit this model.
         """
-        exact = self._defend(self._split_at(importance.layer), importance)
-        dtype, fast = self._dtype, self._defend(self._engine_at(importance.layer, self._dtype), importance)
-        agreement = self._agreement(fast, exact)
-        if agreement is not None and agreement < FALL_BACK_BELOW and dtype != torch.float32:
-            logger.error("%s agrees with float32 on %.1f%% of probe images; serving float32", dtype, 100 * agreement)
-            dtype, fast = torch.float32, self._defend(self._engine_at(importance.layer, torch.float32), importance)
-            agreement = self._agreement(fast, exact)
-        elif agreement is not None:
-            level = logging.WARNING if agreement < WARN_BELOW else logging.INFO
-            logger.log(level, "%s agrees with float32 on %.1f%% of probe images", dtype, 100 * agreement)
-        return ServedDefense(version, importance, fast, dtype, agreement)
+        layer = importance.layer
+        if layer not in self._precisions:  # once a layer: another version is to be served within a second
+            self._precisions[layer] = self._precision_for(importance)
+        dtype, share = self._precisions[layer]
+        return ServedDefense(version, importance, self._defend(self._engine_at(layer, dtype), importance), dtype, share)
+
+    def _precision_for(self, importance: NeuronImportance) -> tuple[torch.dtype, float | None]:
+        """The precision that leaves the predictions as they are in float32, and the share that it does."""
+        dtype, share = self._dtype, self._agreement(importance, self._dtype)
+        if share is None:
+            return dtype, None
+        if share < FALL_BACK_BELOW and dtype != torch.float32:
+            logger.error("%s agrees with float32 on %.1f%% of probe images; serving float32", dtype, 100 * share)
+            return torch.float32, self._agreement(importance, torch.float32)
+        level = logging.WARNING if share < WARN_BELOW else logging.INFO
+        logger.log(level, "%s agrees with float32 on %.1f%% of probe images", dtype, 100 * share)
+        return dtype, share
 
     @torch.inference_mode()
     def predict(self, defense: ServedDefense, pixels: Sequence[Pixels]) -> NDArray[np.float32]:
@@ -184,7 +191,9 @@ class Predictor:
             return torch.float32  # a lower precision that nothing can check is for those who ask for it
         return dtype
 
-    def _agreement(self, fast: DefendedClassifier, exact: DefendedClassifier) -> float | None:
+    def _agreement(self, importance: NeuronImportance, dtype: torch.dtype) -> float | None:
         if self._probe is None:
             return None
+        fast = self._defend(self._engine_at(importance.layer, dtype), importance)
+        exact = self._defend(self._split_at(importance.layer), importance)
         return agreement(fast, exact, self._probe, self._noise(self._probe))

@@ -7,6 +7,7 @@ import signal
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from math import nan
 
 import numpy as np
 from numpy.typing import NDArray
@@ -252,6 +253,7 @@ class Runtime:
             return
         self.served, self.problem = served, None
         self.metrics.show_importance(served.version, served.importance, self.predictor.config.defense.top_k)
+        self.metrics.agreement.set(nan if served.agreement is None else served.agreement)
         logger.info("serving importance %s (%s at %s)", version, served.importance.method, served.importance.layer)
 
     def _store_is_up(self, up: bool) -> None:
