@@ -28,7 +28,7 @@ class JobKeys(Keys):
         return self._job_prefix + job_id
 
     def alive(self, job_id: str) -> str:
-        """String: host and number of the process that runs the job and renews this; gone seconds after its death."""
+        """String: host and id of the process that runs the job; gone seconds after nobody renews it any more."""
         return f"{self._job_prefix}{job_id}:alive"
 
     def cancelled(self, job_id: str) -> str:

@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import socket
 import threading
 import time
 from collections import deque
@@ -14,7 +13,7 @@ from redis.exceptions import RedisError
 from rq.job import Job, JobStatus
 
 from service.job_keys import JobKeys
-from service.jobs import ALIVE_S, KEEP_S
+from service.jobs import ALIVE_S, KEEP_S, process_name
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +37,7 @@ class JobReport(logging.Handler):
         self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         self.log: deque[str] = deque(maxlen=LOG_LINES)
         self._job, self._client, self._keys = job, job.connection, keys
-        self._name = f"{socket.gethostname()}:{os.getpid()}"
+        self._name = process_name(os.getpid())
         self._done, self._total = 0, 0
         self._began_at, self._began_with = time.monotonic(), 0
         self._parent, self._stopping = os.getppid(), threading.Event()

@@ -1,13 +1,14 @@
 """Ranking jobs: submit, look at, cancel. They wait in an RQ queue on the store's Redis; a worker process runs them.
 
-RQ keeps a job's life; three things are ours. RQ is slow to notice a death: the process that runs a job renews a key
-(``alive``), and a started job without it is ``interrupted``. RQ's worker may be about to fork, or deaf while it
-reconnects: that process looks for a key that says ``cancelled``. What a job raises by itself is its result, so that a
-failure in RQ's sense is always a death, and RQ's retries are only for deaths.
+RQ keeps a job's life; three things are ours. RQ is slow to notice a death: the process that runs a job and its worker
+renew a key (``alive``), and a started job without it is ``interrupted``. RQ's worker may be about to fork, or deaf
+while it reconnects: that process looks for a key that says ``cancelled``. What a job raises by itself is its result, so
+that a failure in RQ's sense is always a death, and RQ's retries are only for deaths.
 """
 
 import hashlib
 import json
+import socket
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -122,6 +123,11 @@ class RankingJobs:
         with translated_errors(self._server):
             rows = list(self._rows(self._ids()))
         return {job.id for job, _, alive, cancelled in rows if _state(job, alive, cancelled) is JobState.INTERRUPTED}
+
+    def keep_alive(self, job_id: str, process: int) -> None:
+        """Say that a process of this host runs the job."""
+        with translated_errors(self._server):
+            self._client.set(self.keys.alive(job_id), process_name(process), ex=ALIVE_S)
 
     def resume(self, job_id: str) -> bool:
         """Queue an interrupted job again; it goes on from its checkpoint. Called by workers.
@@ -262,6 +268,11 @@ class RankingJobs:
         else:
             job.set_status(JobStatus.FAILED, pipeline=pipeline)
             job.cleanup(KEEP_S, pipeline=pipeline)
+
+
+def process_name(process: int) -> str:
+    """A process id that tells hosts apart."""
+    return f"{socket.gethostname()}:{process}"
 
 
 def _state(job: Job, alive: bytes | None, cancelled: bytes | None) -> JobState:

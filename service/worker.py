@@ -31,6 +31,7 @@ MAX_RESTART_DELAY_S = 30.0
 STOP_S = 5.0
 RETRY_S = 1.0
 MAINTENANCE_S = 2
+HEARTBEAT_S = 2
 
 
 class RankingWorker(Worker):
@@ -49,7 +50,7 @@ class RankingWorker(Worker):
             connection=client,
             serializer=JSONSerializer,
             worker_ttl=30,
-            job_monitoring_interval=5,
+            job_monitoring_interval=HEARTBEAT_S,
             maintenance_interval=MAINTENANCE_S,
         )
         self._settings, self._jobs, self._suspects, self.told_to_stop = settings, jobs, set[str](), False
@@ -82,8 +83,9 @@ class RankingWorker(Worker):
             checkpoint_of(self._settings, job.id).unlink(missing_ok=True)
 
     def maintain_heartbeats(self, job: Job, execution: Execution) -> None:
-        """RQ's; a job goes on while Redis is away."""
-        with suppress(RedisError):
+        """RQ's, and ours: on a busy machine the job's own process may be late. A job goes on while Redis is away."""
+        with suppress(RedisError, StoreError):
+            self._jobs.keep_alive(job.id, self.horse_pid)
             super().maintain_heartbeats(job, execution)
 
     def teardown(self) -> None:

@@ -1,155 +1,177 @@
-"""Ranking a model directory by any method: resumed, in several processes, with images that cannot be read."""
+"""Ranking a model directory: interrupted and resumed, in several processes, and what is refused."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from defense import (
-    DefenseError,
-    ImportanceMismatch,
-    NeuronImportance,
-    SplitClassifier,
-    check_servable,
-    leave_one_out_importance,
-    load_classifier,
-    load_probe_set,
-    open_probe_set,
-    rank_neurons,
-    read_config,
-)
-from defense import ranking as ranking_module
-from defense.probe import ArrayProbeSet
-from toy_models import importance_of, small_conv_net
+from defense import NeuronImportance, ProbeSetError, check_dataset, open_probe_set, rank_neurons, ranking
 
-BUNDLED = Path(__file__).parents[2] / "models" / "fashion-mnist"
+FASHION_MNIST = Path(__file__).parents[2] / "models" / "fashion-mnist"
+LABELS = ("cat", "dog", "fox", "owl")
 
 
-def test_the_bundled_importance_is_what_ranking_the_bundled_model_gives() -> None:
-    shipped = NeuronImportance.from_bytes((BUNDLED / "importance.safetensors").read_bytes())
-    again = rank_neurons(BUNDLED, load_probe_set(BUNDLED))
-    torch.testing.assert_close(again.scores, shipped.scores, atol=1e-5, rtol=1e-4)
-    assert (again.layer, again.model_digest, again.num_images) == (shipped.layer, shipped.model_digest, 2000)
+class Interruption(Exception):
+    """Stands for a kill."""
 
 
-def test_a_model_directory_is_ranked_as_its_classifier_is(tiny_model: Path) -> None:
-    probe = load_probe_set(tiny_model)
-    split = SplitClassifier(load_classifier(tiny_model), read_config(tiny_model).defense.layer)
-    expected = leave_one_out_importance(split, probe.batches(), class_names=read_config(tiny_model).labels)
-    for method, signed in (("lo-ir", False), ("lo-ir-signed", True)):
-        importance = rank_neurons(tiny_model, probe, method=method, batch_size=7)
-        direct = leave_one_out_importance(split, probe.batches(), signed=signed)
-        torch.testing.assert_close(importance.scores, direct.scores)
-        assert (importance.method, importance.class_names) == (method, expected.class_names)
+@pytest.fixture(autouse=True)
+def _checkpoint_every_second_batch(monkeypatch):
+    monkeypatch.setattr(ranking, "CHECKPOINT_EVERY", 2)
 
 
-def test_an_interrupted_ranking_goes_on_from_its_checkpoint(
-    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ranking_module, "CHECKPOINT_EVERY", 2)
-    probe, checkpoint, done = load_probe_set(tiny_model), tmp_path / "checkpoint", []
+@pytest.fixture
+def folder(tmp_path):
+    """27 images in a dataset "files"; the ones with these numbers are damaged."""
 
-    def interrupt(images: int, total: int) -> None:
-        if images >= 9:
-            raise KeyboardInterrupt
+    def write(*damaged):
+        for number in range(27):
+            file = tmp_path / "files" / LABELS[number % 4] / f"{number:02}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            pixels = np.random.default_rng(number).integers(0, 256, (8, 8, 3), np.uint8)
+            Image.fromarray(pixels).save(file)
+            if number in damaged:
+                file.write_bytes(b"no image")
+        (tmp_path / "datasets.toml").write_text('[datasets.files]\nkind = "image-folder"\npath = "files"')
+        return tmp_path / "datasets.toml"
 
-    with pytest.raises(KeyboardInterrupt):
-        rank_neurons(tiny_model, probe, batch_size=2, checkpoint=checkpoint, progress=interrupt)
-    assert checkpoint.exists()
-    resumed = rank_neurons(
-        tiny_model, probe, batch_size=2, checkpoint=checkpoint, progress=lambda images, _: done.append(images)
-    )
-
-    assert done[0] == 10  # 8 images were in the checkpoint
-    torch.testing.assert_close(resumed.scores, rank_neurons(tiny_model, probe).scores)
-    assert resumed.num_images == len(probe)
+    return write
 
 
-def test_a_checkpoint_of_another_ranking_is_not_used(
-    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ranking_module, "CHECKPOINT_EVERY", 1)
-    probe, checkpoint = load_probe_set(tiny_model), tmp_path / "checkpoint"
-    rank_neurons(tiny_model, probe, method="lo-ir-signed", batch_size=2, checkpoint=checkpoint)
-    importance = rank_neurons(tiny_model, probe, batch_size=2, checkpoint=checkpoint)
-    assert importance.num_images == len(probe)
-    torch.testing.assert_close(importance.scores, rank_neurons(tiny_model, probe).scores)
+def rank(model, datasets=None, *, until=None, **options):
+    """Rank in batches of 4: the importance, the probe set and what was told of the progress; stops at ``until``."""
+    probe = open_probe_set("files" if datasets else "probe", model, datasets_file=datasets)
+    told = []
+
+    def progress(done, total):
+        told.append((done, total))
+        if done == until:
+            raise Interruption
+
+    try:
+        importance = rank_neurons(model, probe, batch_size=4, progress=progress, **options)
+    except Interruption:
+        importance = None
+    return importance, probe, told
 
 
-@pytest.mark.parametrize("method", ["lo-ir", "cd-ir"])
-def test_two_gloo_processes_rank_as_one_does(method: str, tmp_path: Path) -> None:
-    output = tmp_path / "importance.safetensors"
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "igd"]
-    options = ["--method", method, "--model", str(BUNDLED), "--images-per-class", "15", "--data-dir", str(tmp_path)]
-    subprocess.run(  # the project's own command
-        [sys.executable, *torchrun, "rank", *options, "--output", str(output)], check=True, timeout=240
-    )
-    together = NeuronImportance.from_bytes(output.read_bytes())
-    alone = rank_neurons(BUNDLED, open_probe_set("probe", BUNDLED, images_per_class=15), method=method)
-    torch.testing.assert_close(together.scores, alone.scores, atol=1e-6 * float(alone.scores.abs().max()), rtol=0)
-    assert together.num_images == alone.num_images == 150
+@pytest.mark.parametrize("method", ["lo-ir", "lo-ir-signed"])
+@pytest.mark.parametrize("layer", ["layer4", "layer1"])
+def test_an_interrupted_ranking_goes_on_from_its_checkpoint_to_the_same_scores(tiny_model, tmp_path, method, layer):
+    options = {"method": method, "layer": layer, "checkpoint": tmp_path / "a" / "checkpoint"}
+    whole, _, told = rank(tiny_model, method=method, layer=layer)
+    assert told == [(done, 24) for done in range(4, 25, 4)]
+
+    rank(tiny_model, until=12, **options)  # the third batch is lost
+    resumed, _, told = rank(tiny_model, **options)
+
+    assert told == [(12, 24), (16, 24), (20, 24), (24, 24)]
+    assert torch.equal(resumed.scores, whole.scores)
+    assert (resumed.num_images, resumed.warnings) == (24, whole.warnings)
 
 
-class WithAnUnreadableImage(ArrayProbeSet):
-    """The bundled probe images, one of which is damaged while ``broken`` is set."""
+def test_images_that_were_skipped_before_an_interruption_are_neither_read_nor_counted_again(
+    tiny_model, tmp_path, folder
+):
+    datasets, checkpoint = folder(1, 5, 26), tmp_path / "checkpoint"
+    whole, probe, _ = rank(tiny_model, datasets)
+    skipped = [skip.index for skip in probe.skipped]
 
-    broken: int | None = 3
+    rank(tiny_model, datasets, checkpoint=checkpoint, until=12)
+    resumed, probe, told = rank(tiny_model, datasets, checkpoint=checkpoint)
 
-    def image(self, index: int) -> Image.Image:
-        if index == self.broken:
-            raise ranking_module.UnreadableImage(f"image {index} is damaged")
-        return super().image(index)
-
-    def pixels(self, index: int, config: object) -> object:
-        self.image(index)
-        return super().pixels(index, config)  # type: ignore[arg-type]
-
-
-def test_images_that_cannot_be_read_do_not_misalign_the_features_of_the_others(tmp_path: Path) -> None:
-    whole = open_probe_set("probe", BUNDLED, images_per_class=12)
-    images = torch.stack([torch.from_numpy(whole.pixels(i, None)) for i in range(len(whole))])
-    damaged = WithAnUnreadableImage("probe", images, whole.labels)
-    without = [i for i in range(len(whole)) if i != 3]
-
-    importance = rank_neurons(BUNDLED, damaged, method="cd-ir", cache_dir=tmp_path)
-    expected = rank_neurons(BUNDLED, ArrayProbeSet("probe", images[without], whole.labels[without]), method="cd-ir")
-
-    torch.testing.assert_close(importance.scores, expected.scores)
-    assert importance.num_images == len(without) and [skip.index for skip in damaged.skipped] == [3]
-    damaged.broken = None  # and when it is readable again, the cache has not kept an incomplete pass
-    assert rank_neurons(BUNDLED, damaged, method="cd-ir", cache_dir=tmp_path).num_images == len(whole)
+    assert [done for done, _ in told] == [12, 16, 20, 24, 27]
+    assert [skip.index for skip in probe.skipped] == skipped and len(skipped) == 3
+    assert resumed.num_images == 24 and torch.equal(resumed.scores, whole.scores)
 
 
-def test_a_second_layer_or_model_with_other_labels_skips_the_clip_pass(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    passes: list[int] = []
-    embed = ranking_module._Ranking._embed
-    monkeypatch.setattr(ranking_module._Ranking, "_embed", lambda self, clip: passes.append(1) or embed(self, clip))
-    probe = open_probe_set("probe", BUNDLED, images_per_class=12)
+@pytest.mark.parametrize("changed", ["method", "layer", "weights", "images"])
+def test_a_checkpoint_of_another_ranking_is_not_used(tiny_model, make_model, tmp_path, folder, caplog, changed):
+    options = {"method": "lo-ir", "layer": "layer4", "checkpoint": tmp_path / "checkpoint"}
+    rank(tiny_model, until=12, **options)
 
-    rank_neurons(BUNDLED, probe, method="cd-ir", cache_dir=tmp_path)
-    rank_neurons(BUNDLED, probe, method="cd-ir", layer="layer4", cache_dir=tmp_path)
-    probe.labels = probe.labels.flip(0)
-    rank_neurons(BUNDLED, probe, method="cd-ir", cache_dir=tmp_path)
+    model, datasets = tiny_model, None
+    if changed == "weights":
+        model = make_model("other", seed=1)
+    elif changed == "images":
+        datasets = folder()
+    else:
+        options[changed] = {"method": "lo-ir-signed", "layer": "layer3"}[changed]
+    _, _, told = rank(model, datasets, **options)
 
-    assert len(passes) == 1
-
-
-def test_an_importance_that_could_not_be_served_is_refused(tiny_model: Path) -> None:
-    importance = rank_neurons(tiny_model, load_probe_set(tiny_model))
-    check_servable(tiny_model, importance)
-    anonymous = NeuronImportance(importance.scores, method="mine", layer=importance.layer)
-    with pytest.raises(ImportanceMismatch, match="with the digest of the weights"):
-        check_servable(tiny_model, anonymous)
-    with pytest.raises(DefenseError):
-        split = SplitClassifier(small_conv_net(), "hidden")
-        check_servable(tiny_model, importance_of(split, torch.rand(4, 8)))
+    assert told[0][0] == 4 and "is of another ranking" in caplog.text
 
 
-def test_an_unknown_method_is_refused(tiny_model: Path) -> None:
-    with pytest.raises(ValueError, match=r"one of lo-ir, lo-ir-signed, cd-ir, got 'best'"):
-        rank_neurons(tiny_model, load_probe_set(tiny_model), method="best")
+@pytest.mark.parametrize("content", [b"", b"\x10", b"\xff" * 100, None], ids=["empty", "short", "wild", "cut"])
+def test_a_damaged_checkpoint_costs_no_more_than_a_warning(tiny_model, tmp_path, caplog, content):
+    checkpoint = tmp_path / "checkpoint"
+    rank(tiny_model, checkpoint=checkpoint, until=12)
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-1] if content is None else content)
+
+    importance, _, told = rank(tiny_model, checkpoint=checkpoint)
+
+    assert told[0][0] == 4 and importance.num_images == 24
+    assert f"beginning again, the checkpoint {checkpoint} is not readable" in caplog.text
+
+
+def test_a_checkpoint_that_cannot_be_written_costs_no_more_than_a_warning(tiny_model, tmp_path, caplog):
+    (tmp_path / "file").write_text("no folder")
+
+    importance, _, told = rank(tiny_model, checkpoint=tmp_path / "file" / "checkpoint")
+
+    assert importance.num_images == 24 and told[-1] == (24, 24)
+    assert "no checkpoint could be written" in caplog.text
+
+
+def test_unknown_names_are_refused_with_the_known_ones(tiny_model, folder):
+    datasets = folder()
+    with pytest.raises(ValueError, match="one of lo-ir, lo-ir-signed, cd-ir, got 'best'"):
+        rank(tiny_model, method="best")
+    with pytest.raises(ProbeSetError, match="one of the datasets probe, files, got 'none'"):
+        check_dataset("none", datasets)
+    with pytest.raises(ProbeSetError, match="one of the datasets probe, got 'files'"):
+        open_probe_set("files", tiny_model)
+
+
+@pytest.fixture
+def torchrun(tmp_path):
+    """Rank in two processes; the importance that they write together."""
+
+    def run(model, method, *flags, **environment):
+        output = tmp_path / "ranked.safetensors"
+        environment = {"OMP_NUM_THREADS": "1", "IGD_DATA_DIR": str(tmp_path)} | environment
+        processes = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        command = ["-m", "igd", "rank", "--model", model, "--method", method, *flags, "--output", output]
+        ended = subprocess.run([*processes, *command], env=os.environ | environment, capture_output=True, timeout=240)
+        assert ended.returncode == 0, ended.stderr.decode()
+        assert ended.stdout.decode().split() == [str(output)]  # only one of them speaks
+        return NeuronImportance.from_bytes(output.read_bytes())
+
+    return run
+
+
+def assert_same(together, alone):
+    assert (together.num_images, together.warnings) == (alone.num_images, alone.warnings)
+    # 1e-6 of the largest score: CD-IR's are differences of sums of that size.
+    torch.testing.assert_close(together.scores, alone.scores, rtol=0, atol=1e-6 * alone.scores.abs().max().item())
+
+
+def test_two_processes_under_torchrun_rank_by_lo_ir_as_one_does(tiny_model, folder, torchrun):
+    datasets = folder(1, 2)  # 14 and 13 images, of which each process skips one
+    together = torchrun(tiny_model, "lo-ir", "--dataset", "files", IGD_DATASETS=str(datasets))
+
+    alone, _, _ = rank(tiny_model, datasets)
+    assert_same(together, alone)
+
+
+@pytest.mark.skipif(not (FASHION_MNIST / "clip").is_dir(), reason="models/fashion-mnist ships no CLIP to rank with")
+def test_two_processes_under_torchrun_rank_by_cd_ir_as_one_does(torchrun):
+    together = torchrun(FASHION_MNIST, "cd-ir", "--images-per-class", "25")
+
+    probe = open_probe_set("probe", FASHION_MNIST, images_per_class=25)
+    assert_same(together, rank_neurons(FASHION_MNIST, probe, method="cd-ir"))
