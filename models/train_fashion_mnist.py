@@ -12,11 +12,9 @@ Progress is measured on held-out images of the training set; the test set plays 
 
 import argparse
 import copy
-import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +23,7 @@ from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from training import load_state, save_state
 
 from defense.resnet import CifarResNet
 
@@ -82,9 +81,7 @@ class Training:
         return cls(recipe, model, copy.deepcopy(model).requires_grad_(False).eval(), optimizer)
 
     def save(self, path: Path) -> None:
-        """Write the checkpoint beside its final name, then rename it: a kill leaves the old or the new one."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
+        """Write the checkpoint."""
         state = {
             "recipe": asdict(self.recipe),
             "model": self.model.state_dict(),
@@ -92,17 +89,11 @@ class Training:
             "optimizer": self.optimizer.state_dict(),
             "epoch": self.epoch,
         }
-        with temporary.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        save_state(path, state)
 
     def restore(self, path: Path) -> None:
         """Continue from a checkpoint of the same recipe."""
-        state: dict[str, Any] = torch.load(path, weights_only=True)
-        if state["recipe"] != asdict(self.recipe):
-            raise SystemExit(f"{path} was made with other settings: remove it or pass another --checkpoint")
+        state = load_state(path, asdict(self.recipe))
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])

@@ -11,7 +11,6 @@ Every epoch ends with an atomic checkpoint: after any interruption, the same com
 
 import argparse
 import json
-import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from train_fashion_mnist import HELD_OUT, augment
+from training import load_state, save_state
 
 from defense.clip import CONFIG_FILE, WEIGHTS_FILE, ClipModel
 
@@ -104,26 +104,18 @@ class Training:
         return cls(recipe, model, torch.optim.AdamW(groups, lr=recipe.peak_rate, betas=(0.9, 0.98)))
 
     def save(self, path: Path) -> None:
-        """Write the checkpoint beside its final name, then rename it: a kill leaves the old or the new one."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
+        """Write the checkpoint."""
         state = {
             "recipe": asdict(self.recipe),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "epoch": self.epoch,
         }
-        with temporary.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        save_state(path, state)
 
     def restore(self, path: Path) -> None:
         """Continue from a checkpoint of the same recipe."""
-        state: dict[str, Any] = torch.load(path, weights_only=True)
-        if state["recipe"] != asdict(self.recipe):
-            raise SystemExit(f"{path} was made with other settings: remove it or pass another --checkpoint")
+        state = load_state(path, asdict(self.recipe))
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.epoch = state["epoch"]

@@ -171,7 +171,7 @@ def test_two_processes_under_torchrun_rank_by_lo_ir_as_one_does(tiny_model, fold
 
 @pytest.mark.skipif(not (FASHION_MNIST / "clip").is_dir(), reason="models/fashion-mnist ships no CLIP to rank with")
 def test_two_processes_under_torchrun_rank_by_cd_ir_as_one_does(torchrun):
-    together = torchrun(FASHION_MNIST, "cd-ir", "--images-per-class", "25")
+    together = torchrun(FASHION_MNIST, "cd-ir", "--images-per-class", "12")
 
-    probe = open_probe_set("probe", FASHION_MNIST, images_per_class=25)
+    probe = open_probe_set("probe", FASHION_MNIST, images_per_class=12)
     assert_same(together, rank_neurons(FASHION_MNIST, probe, method="cd-ir"))

@@ -193,17 +193,22 @@ class Site:
         self._environment = {
             "IGD_ADMIN_KEY": "sesame",
             "IGD_DATASETS": str(material.datasets),
-            "IGD_DATA_DIR": str(data_dir),
             "IGD_WORKER_THREADS": "1",
             "IGD_DRAIN_S": "2",
-        } | ({"IGD_REDIS_URL": redis_url} if redis_url else {})
+        }
+
+    @property
+    def _flags(self):
+        redis_url = ("--redis-url", self._redis_url) if self._redis_url else ()
+        return "--model", self.model, "--data-dir", self.data_dir, *redis_url
 
     def serve(self, *flags, **environment):
-        environment = self._environment | {"IGD_MODEL": str(self.model)} | environment
-        return self._start("serve", "--port", 0, "--threads", 1, *flags, **environment)
+        return self._start(
+            "serve", *self._flags, "--port", 0, "--threads", 1, *flags, **self._environment | environment
+        )
 
     def start_worker(self):
-        return self._start("worker", **self._environment | {"IGD_MODEL": str(self.model)})
+        return self._start("worker", *self._flags, **self._environment)
 
     def checkpoint(self, job_id):
         return self.data_dir / "checkpoints" / f"{job_id}.safetensors"
@@ -740,10 +745,25 @@ def test_a_killed_server_takes_its_worker_along_and_its_successor_goes_on(own_si
         job = client.succeeded(job_id)
         assert_same_scores(client.scores(job), uninterrupted)
         print(f"\nafter a restart of the killed server its job ended in {time.monotonic() - began:.2f} s")
-        second = client.submit_slow(method="lo-ir-signed")
-        client.until_ranking(second)
+
+
+def test_a_server_starts_its_killed_worker_again_and_ends_with_it(own_site):
+    server = own_site.serve(IGD_WORKER="true")
+    with Client(server) as client:
+        job_id = client.submit_slow("many")
+        client.until_ranking(job_id)
+        (killed,) = filter(is_worker, children(pid_of(server)))
+        os.kill(killed, signal.SIGKILL)
+
+        def successors():
+            return [child for child in children(pid_of(server)) if child != killed and is_worker(child)]
+
+        ((successor,), took_s) = soon(successors, "another worker")
+        soon(lambda: client.succeeded(client.submit("probe")), "its readiness")
+        print(f"\nanother worker was started {took_s:.2f} s after the first was killed")
         server.signal(signal.SIGTERM)
         assert server.ended() == 0
+        assert not exists(successor) and not exists(killed)
 
 
 def is_worker(pid):
