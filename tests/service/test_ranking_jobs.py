@@ -140,12 +140,6 @@ def policies(*pids):
     return found
 
 
-@pytest.fixture(autouse=True, scope="module")
-def haste(tmp_path_factory):
-    with Haste(tmp_path_factory.getbasetemp()) as haste:
-        yield haste
-
-
 @contextmanager
 def nothing_left_running(directory):
     yield
@@ -155,6 +149,13 @@ def nothing_left_running(directory):
     for pid in left:
         os.kill(pid, signal.SIGKILL)
     assert not left, "processes outlived the test"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def haste(tmp_path_factory):
+    directory = tmp_path_factory.getbasetemp()
+    with nothing_left_running(directory), Haste(directory) as haste:
+        yield haste
 
 
 @pytest.fixture(autouse=True)
