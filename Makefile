@@ -1,7 +1,7 @@
 # Two commands for a newcomer: `make serve` and `make test`. Each sets up all it needs in .venv first.
 #
-#   make serve PIP_FLAGS="--index-url ..."   install PyTorch from an index of your choice (pytorch.org, "Get started",
-#                                            names one for your GPU, or for CPU only, a smaller download)
+#   make serve PIP_FLAGS="--extra-index-url ..."   get PyTorch from an index of yours, too (pytorch.org, "Get started",
+#                                                  names one for your GPU, or for CPU only, a smaller download)
 #   make serve PYTHON=python3.12 IGD_PORT=9000
 
 PYTHON ?= python3
