@@ -164,16 +164,22 @@ def _nothing_left_running(tmp_path):
         yield
 
 
+def read_proc(file):
+    """What a file under /proc says; nothing if its process went before it was opened, or while it was read."""
+    try:
+        return Path(file).read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
 def children(pid):
-    return [int(child) for file in Path(f"/proc/{pid}/task").glob("*/children") for child in file.read_text().split()]
+    return [int(child) for file in Path(f"/proc/{pid}/task").glob("*/children") for child in read_proc(file).split()]
 
 
 def exists(pid):
     """Whether a process lives; a zombie does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+    state = read_proc(f"/proc/{pid}/stat").rpartition(")")[2].split()
+    return bool(state) and state[0] != "Z"
 
 
 def soon(condition, what):
@@ -766,7 +772,7 @@ def test_a_server_starts_its_killed_worker_again_and_ends_with_it(own_site):
 
 
 def is_worker(pid):
-    return b"igd\0worker\0--parent" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    return "igd\0worker\0--parent" in read_proc(f"/proc/{pid}/cmdline")
 
 
 def test_without_a_worker_of_its_own_the_server_starts_none(own_site):
@@ -808,6 +814,7 @@ def test_a_job_goes_on_while_redis_is_away(redis_site, redis, take_away):
             assert set(children(pid_of(workers[0])) + children(pid_of(workers[1]))) <= {process}
             time.sleep(0.02)
         client.succeeded(job_id)
+        soon(lambda: client.http.get("/importance").json()["store_up"], "the server's own return to the store")
         assert len(client.http.get("/importance").json()["versions"]) == 1
         assert [worker.exit_code for worker in workers] == [None, None]
 
