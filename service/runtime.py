@@ -106,11 +106,6 @@ class Runtime:
         self._device.submit(self.predictor.check, importance).result()
 
     @property
-    def in_flight(self) -> int:
-        """Images admitted and not yet answered."""
-        return self.batcher.in_flight
-
-    @property
     def defense(self) -> ServedDefense:
         """What predictions are made with.
 

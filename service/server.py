@@ -65,7 +65,7 @@ class Server(uvicorn.Server):
         """
         if self._told_to_stop_at is not None:
             since_s, settings = time.monotonic() - self._told_to_stop_at, self._runtime.settings
-            answered = not self._runtime.in_flight and since_s >= settings.drain_delay_s
+            answered = not self._runtime.batcher.in_flight and since_s >= settings.drain_delay_s
             self.should_exit = self.should_exit or answered or since_s > settings.drain_s
         return await super().on_tick(counter)
 
