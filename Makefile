@@ -41,7 +41,7 @@ $(BIN)/python:
 
 $(VENV)/.installed: pyproject.toml | $(BIN)/python
 	@echo "Setting up $(VENV): the first time this downloads PyTorch, which takes a few minutes."
-	$(PIP) -e .
+	$(PIP) -e '.[openvino]'
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python

@@ -43,15 +43,18 @@ def to_pixels(image: Image.Image, config: InputConfig) -> NDArray[np.uint8]:
         [H, W, channels] uint8.
     """
     height, width = config.size
-    image = _without_far_ends(image, config).convert("L" if config.channels == 1 else "RGB")
+    image, mode = _without_far_ends(image, config), "L" if config.channels == 1 else "RGB"
+    if image.mode != mode:
+        image = image.convert(mode)
     scale = (config.resize / min(image.size)) if config.resize else max(width / image.width, height / image.height)
     if scale != 1:
         # Rounded up, so that the crop always fits inside.
         resized = max(width, ceil(image.width * scale - 1e-6)), max(height, ceil(image.height * scale - 1e-6))
         image = image.resize(resized, Image.Resampling.BILINEAR)
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    pixels = np.asarray(image.crop((left, top, left + width, top + height)))
-    return pixels.reshape(height, width, config.channels)
+    if image.size != (width, height):
+        left, top = (image.width - width) // 2, (image.height - height) // 2
+        image = image.crop((left, top, left + width, top + height))
+    return np.frombuffer(image.tobytes(), np.uint8).reshape(height, width, config.channels)
 
 
 def _without_far_ends(image: Image.Image, config: InputConfig) -> Image.Image:

@@ -30,6 +30,7 @@ def serve(context: typer.Context) -> None:
         port=settings.port,
         log_config=None,
         access_log=False,
+        proxy_headers=False,  # nothing here depends on who the client is
         server_header=False,
         timeout_graceful_shutdown=max(1, round(settings.drain_s)),
     )

@@ -1,16 +1,15 @@
 """Dynamic batching by late binding: when the device is free, it takes whatever waits, up to a batch.
 
-There is no timer: a lone request never waits for others, and under load batches fill by themselves while the device is
-busy. It is the policy of text-embeddings-inference.
+By default there is no timer: a lone request never waits for others, and under load batches fill by themselves while the
+device is busy. It is the policy of text-embeddings-inference.
 """
 
 import asyncio
 import logging
-import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import CancelledError, Executor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from math import ceil
 from typing import Generic, TypeVar
@@ -29,6 +28,7 @@ class _Waiting(Generic[Group, Item, Result]):
     group: Group
     item: Item
     answer: "asyncio.Future[Result]"
+    since: float  # on the loop's clock
 
 
 class Batcher(Generic[Group, Item, Result]):
@@ -39,6 +39,8 @@ class Batcher(Generic[Group, Item, Result]):
             for each item, in order. If it raises, the items are tried one by one: only the culprit gets the error.
         device: an executor with one thread.
         max_batch_size: items in a batch. max_queue: items admitted and not yet answered.
+        max_wait_s: how long the oldest item may wait for a batch to fill although the device is free. It pays only
+            where a batch costs much the same whatever its size.
         on_death: called if the dispatcher dies of a bug; by then nobody is left waiting.
     """
 
@@ -49,10 +51,11 @@ class Batcher(Generic[Group, Item, Result]):
         *,
         max_batch_size: int,
         max_queue: int,
+        max_wait_s: float = 0.0,
         on_death: Callable[[BaseException], None] = lambda error: None,
     ) -> None:
         self._run_batch, self._device, self._on_death = run_batch, device, on_death
-        self.max_batch_size, self.max_queue = max_batch_size, max_queue
+        self.max_batch_size, self.max_queue, self.max_wait_s = max_batch_size, max_queue, max_wait_s
         self._queue: deque[_Waiting[Group, Item, Result]] = deque()
         self._taken: list[_Waiting[Group, Item, Result]] = []
         self._wake = asyncio.Event()
@@ -84,8 +87,10 @@ class Batcher(Generic[Group, Item, Result]):
     async def drain(self, timeout_s: float) -> None:
         """Admit nothing more, answer what was admitted (for ``timeout_s`` at most), stop."""
         self._draining = True
-        give_up = time.monotonic() + timeout_s
-        while self.in_flight and self.alive and time.monotonic() < give_up:  # noqa: ASYNC110 - once in a life
+        self._wake.set()  # a batch that waits to fill need not any more
+        loop = asyncio.get_running_loop()
+        give_up = loop.time() + timeout_s
+        while self.in_flight and self.alive and loop.time() < give_up:  # noqa: ASYNC110 - once in a life
             await asyncio.sleep(0.01)
         if self._dispatcher:
             self._dispatcher.cancel()
@@ -120,10 +125,13 @@ class Batcher(Generic[Group, Item, Result]):
         loop = asyncio.get_running_loop()
         if not self.alive:
             raise NotReady("the batch dispatcher is not running; restart the server")
-        waiting = [_Waiting[Group, Item, Result](group, item, loop.create_future()) for item in items]
+        now = loop.time()
+        waiting = [_Waiting[Group, Item, Result](group, item, loop.create_future(), now) for item in items]
         self._queue.extend(waiting)
         self._wake.set()
         try:
+            if len(waiting) == 1:  # gather costs as much as all the rest of this method
+                return [await waiting[0].answer]
             return await asyncio.gather(*(w.answer for w in waiting))
         finally:
             for w in waiting:  # where one failed, nobody will read the others
@@ -132,11 +140,26 @@ class Batcher(Generic[Group, Item, Result]):
     async def _dispatch(self) -> None:
         while True:
             await self._wake.wait()
+            if self.max_wait_s:
+                await self._linger()
             self._take()
             if self._taken:
                 await self._run(self._taken)
             else:
                 self._wake.clear()
+
+    async def _linger(self) -> None:
+        """Wait while the batch may fill: until it is full, or its oldest item has waited long enough."""
+        loop = asyncio.get_running_loop()
+        while self._queue and len(self._queue) < self.max_batch_size and not self._draining:
+            left_s = self._queue[0].since + self.max_wait_s - loop.time()
+            if left_s <= 0:
+                break
+            self._wake.clear()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(left_s):
+                    await self._wake.wait()
+        self._wake.set()
 
     def _take(self) -> None:
         """Take the oldest items that are still wanted, all of one group."""
@@ -150,7 +173,8 @@ class Batcher(Generic[Group, Item, Result]):
                 batch.append(self._queue.popleft())
 
     async def _run(self, batch: list[_Waiting[Group, Item, Result]]) -> None:
-        started = time.monotonic()
+        loop = asyncio.get_running_loop()
+        started = loop.time()
         try:
             results = await self._on_device(batch)
         except Exception as error:
@@ -165,7 +189,7 @@ class Batcher(Generic[Group, Item, Result]):
         for w, result in zip(batch, results, strict=True):
             if not w.answer.done():
                 w.answer.set_result(result)
-        rate = len(batch) / max(time.monotonic() - started, 1e-9)
+        rate = len(batch) / max(loop.time() - started, 1e-9)
         self._items_per_s = 0.9 * self._items_per_s + 0.1 * rate if self._items_per_s else rate
 
     async def _on_device(self, batch: list[_Waiting[Group, Item, Result]]) -> Sequence[Result]:

@@ -37,7 +37,9 @@ def decode_image(data: bytes, config: InputConfig, *, max_pixels: int) -> NDArra
     try:
         with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
             _check_header(image, data, max_pixels)
-            ImageOps.exif_transpose(image, in_place=True)  # a copy of 50 million pixels is 200 MB
+            image.load()  # what is damaged shows here, so that a ValueError in _gray_or_rgb is of the pixel type
+            if image.info or image.format != "PNG":  # a PNG with a rotation says so there
+                ImageOps.exif_transpose(image, in_place=True)  # a copy of 50 million pixels is 200 MB
             return to_pixels(_gray_or_rgb(image), config)
     except ServiceError:
         raise
@@ -67,7 +69,6 @@ def _check_header(image: Image.Image, data: bytes, max_pixels: int) -> None:
 
 
 def _gray_or_rgb(image: Image.Image) -> Image.Image:
-    image.load()  # what is damaged shows here, so that a ValueError below is of the pixel type
     try:
         return to_gray_or_rgb(image)
     except ValueError as error:

@@ -8,6 +8,7 @@ from prometheus_client.process_collector import ProcessCollector
 from defense import NeuronImportance
 
 ENDPOINTS = ("classify", "model", "importance", "health", "metrics", "other")
+STAGES = ("trunk", "tail")
 OUTCOMES = ("ok", "client_error", "rejected", "error")
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 
@@ -29,6 +30,14 @@ class Metrics:
             buckets=_SECONDS,
             registry=self.registry,
         )
+        stages = Histogram(
+            "igd_stage_duration_seconds",
+            "Seconds of a stage: trunk and tail, of both passes of a batch.",
+            ["stage"],
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self.stage_seconds = {stage: stages.labels(stage) for stage in STAGES}
         self.batch_size = Histogram(
             "igd_batch_size",
             "Images in a batch.",

@@ -8,6 +8,7 @@ import re
 import time
 import uuid
 
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -41,14 +42,11 @@ class RequestContext:
     """Wraps the application.
 
     Args:
-        max_body_bytes: a larger body gets 413, before it is read if it says its length.
-        max_total_bytes: of the bodies of all requests under way; what comes on top gets 429.
+        limit: of the bodies of all requests, of this wrapper's and of others'.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, max_body_bytes: int, max_total_bytes: int) -> None:
-        self.app, self.metrics = app, metrics
-        self.max_body_bytes, self.max_total_bytes = max_body_bytes, max_total_bytes
-        self.held_bytes = 0
+    def __init__(self, app: ASGIApp, metrics: Metrics, limit: "BodyLimit") -> None:
+        self.app, self.metrics, self.limit = app, metrics, limit
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -59,7 +57,7 @@ class RequestContext:
         headers = dict(scope["headers"])
         request_id = _request_id(headers.get(b"x-request-id"))
         scope.setdefault("state", {}).update(request_id=request_id, arrived_at=started)
-        status, body = 0, _Body(self, receive)
+        status, body = 0, _Body(self.limit, receive)
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
@@ -69,43 +67,69 @@ class RequestContext:
             await send(message)
 
         try:
-            self._check_length(headers.get(b"content-length"))
+            self.limit.check_length(headers.get(b"content-length"))
             await self.app(scope, body.receive, send_with_id)
         except ClientDisconnect:
             pass  # nobody is there to be answered
         except Exception as error:
-            if not isinstance(error, ServiceError | StoreError | DefenseError):
+            if not isinstance(error, ServiceError | StoreError | DefenseError | HTTPException):
                 logger.exception("request %s failed", request_id)
             if status:  # the answer has begun, there is no other to give
                 raise
             await problem_of(error, request_id)(scope, receive, send_with_id)
         finally:
-            self.held_bytes -= body.received
+            self.limit.held_bytes -= body.received
             endpoint = scope["path"].strip("/").partition("/")[0]
             self.metrics.observe_request(endpoint, status or 499, time.perf_counter() - started)
 
-    def _check_length(self, length: bytes | None) -> None:
+
+class BodyLimit:
+    """What the bodies of the requests under way may hold.
+
+    Args:
+        max_body_bytes: a larger body gets 413, before it is read if it says its length.
+        max_total_bytes: of all of them (one of the largest always fits); what comes on top gets 429.
+    """
+
+    def __init__(self, max_body_bytes: int, max_total_bytes: int) -> None:
+        self.max_body_bytes, self.max_total_bytes = max_body_bytes, max(max_body_bytes, max_total_bytes)
+        self.held_bytes = 0
+
+    def check_length(self, length: bytes | None) -> None:
+        """Refuse a body by its Content-Length.
+
+        Raises:
+            TooLarge: it is.
+        """
         if length is not None and length.isdigit() and int(length) > self.max_body_bytes:
             raise body_too_large(self.max_body_bytes)
+
+    def count(self, size: int, received: int) -> None:
+        """Count ``size`` bytes more of a body of which ``received`` have come.
+
+        Raises:
+            TooLarge, QueueFull: of this body, of all of them.
+        """
+        self.held_bytes += size
+        if received > self.max_body_bytes:
+            raise body_too_large(self.max_body_bytes)
+        if self.held_bytes > self.max_total_bytes:
+            raise QueueFull(
+                "the bodies of the requests under way fill the memory set aside for them; try again in 1 s", 1
+            )
 
 
 class _Body:
     """Counts what a request's body holds of the limits."""
 
-    def __init__(self, context: RequestContext, receive: Receive) -> None:
-        self._context, self._receive, self.received = context, receive, 0
+    def __init__(self, limit: BodyLimit, receive: Receive) -> None:
+        self._limit, self._receive, self.received = limit, receive, 0
 
     async def receive(self) -> Message:
         message = await self._receive()
         size = len(message.get("body", b""))
         self.received += size
-        self._context.held_bytes += size
-        if self.received > self._context.max_body_bytes:
-            raise body_too_large(self._context.max_body_bytes)
-        if self._context.held_bytes > self._context.max_total_bytes:
-            raise QueueFull(
-                "the bodies of the requests under way fill the memory set aside for them; try again in 1 s", 1
-            )
+        self._limit.count(size, self.received)
         return message
 
 
@@ -113,6 +137,8 @@ def problem_of(error: Exception, request_id: str) -> ProblemResponse:
     """The problem that a client is told; of a bug, no more than where to look for it."""
     if isinstance(error, ServiceError):
         return ProblemResponse(error.status, error.detail, error.headers, request_id=request_id)
+    if isinstance(error, HTTPException):  # of starlette's parser of forms
+        return ProblemResponse(error.status_code, error.detail, dict(error.headers or {}), request_id=request_id)
     for kind, status in _KNOWN_PROBLEMS:
         if isinstance(error, kind):
             headers = {"Retry-After": "1"} if status == 503 else {}

@@ -21,7 +21,16 @@ from defense import (
     read_config,
 )
 from defense.importance import check_origin
-from service.engine import FALL_BACK_BELOW, WARN_BELOW, EngineSplit, agreement, choose_dtype, resolve_device
+from service.compilers import Compiler, EngineError, choose_compiler
+from service.engine import (
+    FALL_BACK_BELOW,
+    WARN_BELOW,
+    EngineSplit,
+    agreement,
+    choose_dtype,
+    padded_size,
+    resolve_device,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -35,15 +44,24 @@ class ServedDefense:
     """One importance version, ready to serve. Requests hold on to the one they were admitted under.
 
     Attributes:
-        dtype: of the trunk. agreement: share of probe images with the same defended prediction in float32; None where
-            there was nothing to compare, or nothing to compare with.
+        dtype, compiler: of the trunk.
+        agreement: share of probe images with the same defended prediction in float32 by PyTorch; None where there was
+            nothing to compare.
     """
 
     version: str
     importance: NeuronImportance
     classifier: DefendedClassifier
-    dtype: torch.dtype
+    engine: EngineSplit
     agreement: float | None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.engine.dtype
+
+    @property
+    def compiler(self) -> Compiler:
+        return self.engine.compiler
 
 
 class Predictor:
@@ -53,12 +71,14 @@ class Predictor:
         directory: the model directory.
         device: a torch device, or ``"auto"``: cuda if there is one, else cpu.
         dtype: ``"auto"``, ``"float32"``, ``"bfloat16"`` or ``"float16"``; see ``engine.choose_dtype``.
+        compiler: ``"auto"``, ``"none"``, ``"inductor"`` or ``"openvino"``; see ``compilers.choose_compiler``.
         threads: CPU threads of an operation; None leaves torch's choice. Call everything from one thread: each
             thread that runs torch operations gets an OpenMP team of its own.
         max_batch_size: the largest batch to warm up for.
 
     Raises:
         ModelDirectoryError, SplitError: the directory cannot be served.
+        EngineError: not on this device, or by this compiler.
     """
 
     def __init__(
@@ -67,21 +87,21 @@ class Predictor:
         *,
         device: str = "auto",
         dtype: str = "auto",
+        compiler: str = "auto",
         threads: int | None = None,
         max_batch_size: int = 64,
     ) -> None:
         if threads:
             torch.set_num_threads(threads)
-        self.device = torch.device(resolve_device(device))
+        self.device = resolve_device(device)
         self.config = read_config(directory)
         self._model = load_classifier(directory).to(self.device)
         self.split = SplitClassifier(self._model, self.config.defense.layer)
         self._splits = {self.split.layer: self.split}
-        self._engines: dict[tuple[str, torch.dtype], EngineSplit] = {}
-        self._precisions: dict[str, tuple[torch.dtype, float | None]] = {}
-        self._max_batch_size = max_batch_size
+        self._engines: dict[str, tuple[EngineSplit, float | None]] = {}
+        self._sizes = _powers_of_two(max_batch_size)
         self._probe = self._probe_images(directory)
-        self._dtype = self._checked_dtype(dtype)
+        self._dtype, self._compiler = self._checked(choose_dtype(dtype, self.device), dtype), compiler
         # Noise that an attacker could predict would be no noise.
         self._generator = torch.Generator(self.device).manual_seed(secrets.randbits(63))
 
@@ -105,22 +125,24 @@ class Predictor:
             DefenseError: it does not fit this model.
         """
         layer = importance.layer
-        if layer not in self._precisions:  # once a layer: another version is to be served within a second
-            self._precisions[layer] = self._precision_for(importance)
-        dtype, share = self._precisions[layer]
-        return ServedDefense(version, importance, self._defend(self._engine_at(layer, dtype), importance), dtype, share)
+        if layer not in self._engines:  # once a layer: another version is to be served within a second
+            self._engines[layer] = self._engine_for(importance)
+        engine, share = self._engines[layer]
+        return ServedDefense(version, importance, self._defend(engine, importance), engine, share)
 
-    def _precision_for(self, importance: NeuronImportance) -> tuple[torch.dtype, float | None]:
-        """The precision that leaves the predictions as they are in float32, and the share that it does."""
-        dtype, share = self._dtype, self._agreement(importance, self._dtype)
+    def _engine_for(self, importance: NeuronImportance) -> tuple[EngineSplit, float | None]:
+        """The fastest engine that leaves the predictions as they are, and the share of the same ones."""
+        engine = self._fast_engine(importance.layer)
+        share = self._agreement(engine, importance)
         if share is None:
-            return dtype, None
-        if share < FALL_BACK_BELOW and dtype != torch.float32:
-            logger.error("%s agrees with float32 on %.1f%% of probe images; serving float32", dtype, 100 * share)
-            return torch.float32, self._agreement(importance, torch.float32)
+            return engine, None
+        if share < FALL_BACK_BELOW and (engine.dtype, engine.compiler) != (torch.float32, "none"):
+            logger.error("%s agrees with float32 on %.1f%% of probe images; serving float32", engine.name, 100 * share)
+            engine = self._engine(importance.layer, torch.float32, "none")
+            return engine, self._agreement(engine, importance)
         level = logging.WARNING if share < WARN_BELOW else logging.INFO
-        logger.log(level, "%s agrees with float32 on %.1f%% of probe images", dtype, 100 * share)
-        return dtype, share
+        logger.log(level, "%s agrees with float32 on %.1f%% of probe images", engine.name, 100 * share)
+        return engine, share
 
     @torch.inference_mode()
     def predict(self, defense: ServedDefense, pixels: Sequence[Pixels]) -> NDArray[np.float32]:
@@ -132,14 +154,18 @@ class Predictor:
         Returns:
             [B, 3, C]: probabilities defended and undefended, and the pseudo-label's class weights.
         """
-        images = self._to_device(pixels).permute(0, 3, 1, 2).float().div_(255)
+        images = self._to_device(pixels, defense.compiler).permute(0, 3, 1, 2).float().div_(255)
         prediction = defense.classifier.predict(images, self._noise(images))
         rows = [prediction.logits.softmax(1), prediction.undefended_logits.softmax(1), prediction.class_weights]
         result: NDArray[np.float32] = torch.stack(rows, dim=1).float().cpu().numpy()
-        return result
+        return result[: len(pixels)]
 
-    def _to_device(self, pixels: Sequence[Pixels]) -> Tensor:
-        tensor = torch.from_numpy(np.stack(pixels))
+    def _to_device(self, pixels: Sequence[Pixels], compiler: Compiler) -> Tensor:
+        array = np.stack(pixels)
+        if compiler == "inductor":  # compiles every size anew
+            missing = padded_size(len(array), self._sizes) - len(array)
+            array = np.concatenate([array, np.zeros((missing, *array.shape[1:]), array.dtype)])
+        tensor = torch.from_numpy(array)
         return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
 
     def _noise(self, images: Tensor) -> Tensor | None:
@@ -158,23 +184,32 @@ class Predictor:
             self._splits[layer] = SplitClassifier(self._model, layer)
         return self._splits[layer]
 
-    def _engine_at(self, layer: str, dtype: torch.dtype) -> EngineSplit:
-        if (layer, dtype) not in self._engines:
-            engine = EngineSplit(self._split_at(layer), dtype)
-            self._warm_up(engine)
-            self._engines[layer, dtype] = engine
-        return self._engines[layer, dtype]
+    def _fast_engine(self, layer: str) -> EngineSplit:
+        compiler = choose_compiler(self._compiler, self.device)
+        if self._compiler != "auto":
+            return self._engine(layer, self._dtype, compiler)
+        if self._probe is None:  # what nothing can check is for those who ask for it
+            compiler = "none"
+        try:
+            return self._engine(layer, self._dtype, compiler)
+        except EngineError as error:
+            logger.warning("serving without a compiler: %s", error)
+            return self._engine(layer, self._dtype, "none")
+
+    def _engine(self, layer: str, dtype: torch.dtype, compiler: Compiler) -> EngineSplit:
+        images = torch.rand(2, *self.config.input.shape, device=self.device)
+        engine = EngineSplit(self._split_at(layer), dtype, compiler, images)
+        self._warm_up(engine)
+        return engine
 
     @torch.inference_mode()
     def _warm_up(self, engine: EngineSplit) -> None:
-        """Run both passes' shapes once: the first call of each allocates and chooses kernels."""
+        """Run both passes' shapes once: the first call of each allocates, chooses kernels, or compiles."""
         draws = self.config.defense.num_noise_samples if self.config.defense.sigma else 0
-        size = 1
-        while size <= self._max_batch_size:
+        for size in self._sizes:
             values = engine.cut(torch.zeros(size * (1 + draws), *self.config.input.shape, device=self.device))
             engine.tail(*values)
             engine.tail(*(value[:size] for value in values))
-            size *= 2
 
     def _probe_images(self, directory: Path) -> Tensor | None:
         try:
@@ -185,15 +220,17 @@ class Predictor:
             return None
         return images.to(self.device)
 
-    def _checked_dtype(self, name: str) -> torch.dtype:
-        dtype = choose_dtype(name, self.device)
-        if name == "auto" and self._probe is None:
-            return torch.float32  # a lower precision that nothing can check is for those who ask for it
-        return dtype
+    def _checked(self, dtype: torch.dtype, name: str) -> torch.dtype:
+        return torch.float32 if name == "auto" and self._probe is None else dtype
 
-    def _agreement(self, importance: NeuronImportance, dtype: torch.dtype) -> float | None:
+    def _agreement(self, engine: EngineSplit, importance: NeuronImportance) -> float | None:
         if self._probe is None:
             return None
-        fast = self._defend(self._engine_at(importance.layer, dtype), importance)
+        fast = self._defend(engine, importance)
         exact = self._defend(self._split_at(importance.layer), importance)
-        return agreement(fast, exact, self._probe, self._noise(self._probe))
+        return agreement(fast, exact, self._probe, self._noise(self._probe), self._sizes[-1])
+
+
+def _powers_of_two(largest: int) -> list[int]:
+    """1, 2, 4, ... and ``largest``."""
+    return sorted({largest, *(2**i for i in range(largest.bit_length()))} & set(range(1, largest + 1)))

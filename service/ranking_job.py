@@ -109,7 +109,7 @@ class RankingTask:
             layer=request.layer,
             checkpoint=checkpoint_of(settings, self.job_id),
             cache_dir=settings.data_dir / "clip-features",
-            device=resolve_device(settings.device),
+            device=str(resolve_device(settings.device)),
             progress=report.progress,
         )
         notes = [*importance.warnings, *(f"skipped {skip}" for skip in probe.skipped[:MAX_SKIPS_TOLD])]

@@ -23,8 +23,8 @@ from importance_store import (
     VersionConflict,
 )
 from service.batching import Batcher
+from service.decoding import Decoder
 from service.errors import NotReady
-from service.images import decode_image
 from service.jobs import RankingJobs
 from service.metrics import Metrics
 from service.predictor import Pixels, Predictor, ServedDefense
@@ -49,7 +49,6 @@ class Runtime:
         self.settings, self.metrics = settings, metrics
         # One thread runs every torch operation: each thread that does gets an OpenMP team of its own.
         self._device = ThreadPoolExecutor(1, "device")
-        self._decoders = ThreadPoolExecutor(settings.decode_threads, "decode")
         self._store: ConnectedStore | None = None
         self._watcher: ChangeWatcher | None = None
         self._supervisor: WorkerSupervisor | None = None
@@ -132,15 +131,20 @@ class Runtime:
             settings.model,
             device=settings.device,
             dtype=settings.dtype,
+            compiler=settings.compile,
             threads=settings.threads,
             max_batch_size=settings.max_batch_size,
         )
         self.predictor = await asyncio.get_running_loop().run_in_executor(self._device, load)
+        self._decoder = Decoder(
+            self.predictor.config.input, threads=settings.decode_threads, max_pixels=settings.max_pixels
+        )
         self.batcher = Batcher(
             self._run_batch,
             self._device,
             max_batch_size=settings.max_batch_size,
             max_queue=settings.max_queue,
+            max_wait_s=settings.max_wait_ms / 1000,
             on_death=self._die,
         )
         self.batcher.start()
@@ -159,24 +163,28 @@ class Runtime:
             self._opening.cancel()
         await self.batcher.drain(self.settings.drain_s)
         await asyncio.to_thread(self._close_store)
-        self._decoders.shutdown(wait=False, cancel_futures=True)
+        self._decoder.shutdown()
         self._device.shutdown(wait=False, cancel_futures=True)
 
-    async def classify(self, defense: ServedDefense, files: Sequence[bytes]) -> list[Rows]:
-        """[3, C] of each image file: probabilities defended, undefended, and class weights.
+    async def classify(self, defense: ServedDefense, images: list[bytes] | Pixels) -> list[Rows]:
+        """[3, C] of each image: probabilities defended, undefended, and class weights.
+
+        Args:
+            images: files to decode, or pixels [n, H, W, C].
 
         Raises:
             QueueFull, BadImage, TooLarge, Unprocessable: see ``service.errors``.
         """
-        with self.batcher.admit(len(files)):
-            loop = asyncio.get_running_loop()
-            decode = partial(decode_image, config=self.predictor.config.input, max_pixels=self.settings.max_pixels)
-            pixels = await asyncio.gather(*(loop.run_in_executor(self._decoders, decode, file) for file in files))
+        with self.batcher.admit(len(images)):
+            pixels = await self._decoder.decode(images) if isinstance(images, list) else list(images)
             return await self.batcher.submit(defense, pixels)
 
     def _run_batch(self, defense: ServedDefense, pixels: list[Pixels]) -> Sequence[Rows]:
         self.metrics.batch_size.observe(len(pixels))
-        return list(self.predictor.predict(defense, pixels))
+        rows = list(self.predictor.predict(defense, pixels))
+        for stage, seconds in defense.engine.stage_seconds().items():
+            self.metrics.stage_seconds[stage].observe(seconds)
+        return rows
 
     def _open_store(self) -> None:
         store = store_of(self.settings)

@@ -184,15 +184,20 @@ class ImportanceResponse(BaseModel):
 def prediction_json(rows: NDArray[np.float32], labels: Sequence[str], top: int) -> dict[str, Any]:
     """A ``Prediction`` as plain JSON values, from one image's [3, C] of the predictor."""
     defended, undefended, class_weights = rows
-
-    def entry(probabilities: NDArray[np.float32], c: int) -> dict[str, Any]:
-        return {"label": labels[c], "class_id": c, "probability": round(float(probabilities[c]), 6)}
-
-    order = np.argsort(-defended, kind="stable")[:top].tolist()
-    best, undefended_best = order[0], int(undefended.argmax())
-    return entry(defended, best) | {
-        "top": [entry(defended, c) for c in order],
-        "undefended": entry(undefended, undefended_best),
-        "pseudo_label": entry(class_weights, int(class_weights.argmax())),
-        "changed": best != undefended_best,
+    order = (-defended).argsort(kind="stable")[:top]
+    listed = [
+        {"label": labels[c], "class_id": c, "probability": round(p, 6)}
+        for c, p in zip(order.tolist(), defended[order].tolist(), strict=True)
+    ]
+    undefended_best = _most_probable(undefended, labels)
+    return listed[0] | {
+        "top": listed,
+        "undefended": undefended_best,
+        "pseudo_label": _most_probable(class_weights, labels),
+        "changed": listed[0]["class_id"] != undefended_best["class_id"],
     }
+
+
+def _most_probable(probabilities: NDArray[np.float32], labels: Sequence[str]) -> dict[str, Any]:
+    c = int(probabilities.argmax())
+    return {"label": labels[c], "class_id": c, "probability": round(probabilities.item(c), 6)}

@@ -1,5 +1,6 @@
 """uvicorn, with our start banner and exit code."""
 
+import gc
 import logging
 import shlex
 import signal
@@ -34,6 +35,9 @@ class Server(uvicorn.Server):
         """Start everything, listen, and say so."""
         # Not left to the lifespan: what is raised here becomes one sentence of the command line, there a traceback.
         await self._runtime.start()
+        # What is here now stays; the collector need not look through all of torch again and again.
+        gc.collect()
+        gc.freeze()
         await super().startup(sockets)
         if self.started:
             self._runtime.address = self._address()

@@ -40,9 +40,15 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Precision of the trunk; auto: bfloat16 where the hardware multiplies it."
     )
+    compile: Literal["auto", "none", "inductor", "openvino"] = Field(
+        "auto", description="What runs the model; auto: openvino on a CPU where it is installed, else none."
+    )
     threads: int | None = Field(None, ge=1, description="CPU threads of the model; unset, one a physical core.")
     max_batch_size: Positive = Field(64, description="Images the model takes at once.")
     max_queue: Positive = Field(1024, description="Images admitted and not yet answered; more get 429.")
+    max_wait_ms: float = Field(
+        0.0, ge=0, description="Milliseconds a batch may wait to fill while the device is free; 0 suits most devices."
+    )
     decode_threads: Positive = Field(2, description="Threads that decode images.")
     deadline_s: float = Field(30.0, gt=0, description="Seconds from a request's arrival to 504.")
     drain_s: float = Field(30.0, gt=0, description="Seconds to answer what was admitted after SIGTERM.")

@@ -1,144 +1,114 @@
-"""POST /classify: image files in, defended predictions out."""
+"""POST /classify: images in, defended predictions out."""
 
 import asyncio
-import base64
-import binascii
+import json
 import time
-from collections.abc import Coroutine
-from typing import Annotated, Any, TypeVar
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
-from fastapi import APIRouter, Depends, Query
-from pydantic import ValidationError
-from starlette.datastructures import UploadFile
-from starlette.exceptions import HTTPException
+from fastapi import APIRouter, Depends
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
-from service.errors import DeadlineExceeded, TooLarge, Unprocessable, UnsupportedMediaType
-from service.routes.auth import require_api_key
-from service.routes.documentation import CLASSIFY_BODY, problems
+from service.errors import DeadlineExceeded, Unprocessable
+from service.routes.auth import check_api_key, documents_api_key
+from service.routes.bodies import read_images
+from service.routes.documentation import CLASSIFY_BODY, CLASSIFY_TOP, problems
 from service.runtime import runtime_of
-from service.schemas import ClassifyRequest, ClassifyResponse, prediction_json
+from service.schemas import ClassifyResponse, prediction_json
 
 router = APIRouter(tags=["classify"])
 
-T = TypeVar("T")
+PATH = "/classify"
+DEFAULT_TOP, MAX_TOP = 5, 1000
+_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 
 @router.post(
-    "/classify",
+    PATH,
     summary="Classify images under the defense",
     response_model=ClassifyResponse,
     responses=problems(400, 401, 413, 415, 422, 429, 503, 504),
-    openapi_extra={"requestBody": CLASSIFY_BODY},
-    dependencies=[Depends(require_api_key)],
+    openapi_extra={"requestBody": CLASSIFY_BODY, "parameters": [CLASSIFY_TOP]},
+    dependencies=[Depends(documents_api_key)],
 )
-async def classify(
-    request: Request,
-    top: Annotated[int, Query(ge=1, le=1000, description="How many of the most probable classes to list.")] = 5,
-) -> JSONResponse:
+async def classify(request: Request) -> Response:
     """Send one image file as the body (`Content-Type: image/png`, `image/jpeg`, ...), one or more as multipart fields
-    named `images`, or base64 in JSON. The server takes bytes only; it never fetches a URL.
+    named `images`, or base64 in JSON; or, with nothing to decode, uint8 pixels `[n, height, width, channels]` of the
+    network's own size as `application/x-npy` (what `numpy.save` writes) or `application/octet-stream` (the bare bytes).
+    The server takes bytes only; it never fetches a URL.
 
     Each prediction is made twice: a first pass on a slightly noisy copy says which classes are likely, a second pass
     classifies with only the neurons that matter for those. `undefended` is what the model says without that.
     """
     runtime = runtime_of(request)
+    settings, config = runtime.settings, runtime.predictor.config
+    check_api_key(request.headers.get("authorization"), settings.api_keys)
+    top = read_top(request.query_params.get("top"))
     defense = runtime.defense
-    remaining_s = runtime.settings.deadline_s - (time.perf_counter() - request.state.arrived_at)
+    remaining_s = settings.deadline_s - (time.perf_counter() - request.state.arrived_at)
     try:
         async with asyncio.timeout(remaining_s):
-            files = await read_image_files(request, max_images=runtime.settings.max_images)
-            rows = await while_connected(request, runtime.classify(defense, files))
+            images = await read_images(request, config.input, max_images=settings.max_images)
+            async with while_connected(request):
+                rows = await runtime.classify(defense, images)
     except TimeoutError as error:
         raise DeadlineExceeded(
-            f"no answer within {runtime.settings.deadline_s:g} s; send fewer images, or raise IGD_DEADLINE_S"
+            f"no answer within {settings.deadline_s:g} s; send fewer images, or raise IGD_DEADLINE_S"
         ) from error
-    config = runtime.predictor.config
-    return JSONResponse(
-        {
-            "model": config.name,
-            "importance_version": defense.version,
-            "predictions": [prediction_json(row, config.labels, top) for row in rows],
-        }
-    )
+    answer = {
+        "model": config.name,
+        "importance_version": defense.version,
+        "predictions": [prediction_json(row, config.labels, top) for row in rows],
+    }
+    return Response(_encode(answer), media_type="application/json")
 
 
-async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of ``work``, which is cancelled when the client leaves: nobody would read it.
+async def classify_directly(scope: Scope, receive: Receive, send: Send) -> None:
+    """``classify`` as a bare ASGI application, without FastAPI's routing and validation around it."""
+    response = await classify(Request(scope, receive))
+    await response(scope, receive, send)
+
+
+def read_top(text: str | None) -> int:
+    """The query parameter ``top``.
+
+    Raises:
+        Unprocessable: not a number in range.
+    """
+    try:
+        top = DEFAULT_TOP if text is None else int(text)
+    except ValueError:
+        top = 0
+    if not 1 <= top <= MAX_TOP:
+        raise Unprocessable(f"query.top: expected a whole number from 1 to {MAX_TOP}, got {str(text)[:50]!r}")
+    return top
+
+
+@asynccontextmanager
+async def while_connected(request: Request) -> AsyncIterator[None]:
+    """Cancel what is awaited in the block when the client leaves: nobody would read it.
 
     Raises:
         ClientDisconnect: the client left.
     """
-    task = asyncio.ensure_future(work)
-    departure = asyncio.ensure_future(_departure(request))
+    task, left = asyncio.current_task(), False
+
+    async def watch() -> None:
+        nonlocal left
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        left = True
+        if task:
+            task.cancel()
+
+    watcher = asyncio.create_task(watch())
     try:
-        await asyncio.wait({task, departure}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientDisconnect
-        return await task
-    finally:
-        departure.cancel()
-        task.cancel()
-
-
-async def _departure(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-async def read_image_files(request: Request, *, max_images: int) -> list[bytes]:
-    """The image files in a body of any of the three forms.
-
-    Raises:
-        UnsupportedMediaType, Unprocessable, TooLarge: the body is none of them, holds none, or too many.
-    """
-    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media_type.startswith("image/"):
-        files = [await request.body()]
-    elif media_type == "multipart/form-data":
-        files = await _files_of_form(request, max_images)
-    elif media_type == "application/json":
-        files = _files_of_json(await request.body())
-    else:
-        raise UnsupportedMediaType(
-            "expected Content-Type image/*, multipart/form-data or application/json, got "
-            f"'{media_type or 'none'}'; with curl: -H 'Content-Type: image/png' --data-binary @image.png"
-        )
-    if len(files) > max_images:
-        raise _too_many(max_images)
-    return files
-
-
-def _too_many(max_images: int) -> TooLarge:
-    return TooLarge(f"expected at most {max_images} images in a request, got more; send several requests")
-
-
-async def _files_of_form(request: Request, max_images: int) -> list[bytes]:
-    try:
-        async with request.form(max_files=max_images) as form:
-            uploads = form.getlist("images")
-            if not uploads or not all(isinstance(upload, UploadFile) for upload in uploads):
-                raise Unprocessable(
-                    f"expected one or more files in the multipart field 'images', got the fields {sorted(set(form))}; "
-                    "with curl: -F images=@image.png"
-                )
-            return [await upload.read() for upload in uploads if isinstance(upload, UploadFile)]
-    except HTTPException as error:  # of starlette's parser
-        if error.detail.startswith("Too many files"):
-            raise _too_many(max_images) from error
+        yield
+    except asyncio.CancelledError:
+        if left and task and task.uncancel() == 0:
+            raise ClientDisconnect from None
         raise
-    except UnicodeError as error:
-        raise Unprocessable(f"expected names in the charset of the Content-Type, got others: {error}") from error
-
-
-def _files_of_json(body: bytes) -> list[bytes]:
-    try:
-        images = ClassifyRequest.model_validate_json(body).images
-        return [base64.b64decode(image, validate=True) for image in images]
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "body"
-        raise Unprocessable(f'expected {{"images": ["<base64>", ...]}}; {where}: {first["msg"]}') from error
-    except (binascii.Error, ValueError) as error:
-        raise Unprocessable(f"expected images as plain base64 (no data: prefix), got other text: {error}") from error
+    finally:
+        watcher.cancel()

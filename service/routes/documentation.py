@@ -19,7 +19,16 @@ CLASSIFY_BODY: dict[str, Any] = {
         "image/png": {"schema": _BINARY},
         "image/jpeg": {"schema": _BINARY},
         "application/json": {"schema": ClassifyRequest.model_json_schema()},
+        "application/x-npy": {"schema": _BINARY},
+        "application/octet-stream": {"schema": _BINARY},
     },
+}
+
+CLASSIFY_TOP: dict[str, Any] = {
+    "name": "top",
+    "in": "query",
+    "description": "How many of the most probable classes to list.",
+    "schema": {"type": "integer", "minimum": 1, "maximum": 1000, "default": 5},
 }
 
 _MEANINGS = {

@@ -3,7 +3,7 @@
 import asyncio
 
 from service.metrics import Metrics
-from service.middleware import RequestContext
+from service.middleware import BodyLimit, RequestContext
 
 
 def test_bodies_under_way_share_one_budget_and_give_it_back():
@@ -15,7 +15,8 @@ def test_bodies_under_way_share_one_budget_and_give_it_back():
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b""})
 
-    context = RequestContext(app, Metrics(), max_body_bytes=100, max_total_bytes=150)
+    limit = BodyLimit(max_body_bytes=100, max_total_bytes=150)
+    context = RequestContext(app, Metrics(), limit)
 
     async def request():
         statuses = []
@@ -40,4 +41,4 @@ def test_bodies_under_way_share_one_budget_and_give_it_back():
     first, second, third = asyncio.run(scenario())
     assert first == third == [(200, None)]
     assert second == [(429, b"1")]
-    assert context.held_bytes == 0
+    assert limit.held_bytes == 0

@@ -1,0 +1,69 @@
+"""Images that come as arrays of pixels: nothing to decode, and as little to trust as any bytes."""
+
+import io
+
+import numpy as np
+from numpy.typing import NDArray
+
+from defense.model_config import InputConfig
+from service.errors import Unprocessable
+
+MEDIA_TYPES = ("application/octet-stream", "application/x-npy")
+Pixels = NDArray[np.uint8]
+
+
+def read_pixels(body: bytes, media_type: str, config: InputConfig, shape: str | None = None) -> Pixels:
+    """The images in a body of ``application/x-npy`` (numpy.save) or ``application/octet-stream`` (the bare bytes).
+
+    Args:
+        config: of the network, whose size images must have: arrays are not resized.
+        shape: what the sender of bare bytes says that they are, ``"n,H,W,C"``; by default as many images as fit.
+
+    Returns:
+        [n, H, W, C] uint8, n >= 1; a view of the body.
+
+    Raises:
+        Unprocessable: another dtype, order, shape or number of bytes.
+    """
+    expected = (config.size[0], config.size[1], config.channels)
+    if media_type == "application/x-npy":
+        found, data = _read_npy(body)
+    else:
+        found, data = _said(shape) or (len(body) // int(np.prod(expected)), *expected), memoryview(body)
+    if found[1:] != expected or found[0] < 1:
+        raise Unprocessable(
+            f"expected uint8 pixels of shape [n, {', '.join(map(str, expected))}] (n images, height, width, channels), "
+            f"got {list(found)}; resize them, or send image files"
+        )
+    if len(data) != int(np.prod(found)):
+        raise Unprocessable(
+            f"expected {int(np.prod(found))} bytes of pixels for shape {list(found)}, got {len(data)}; "
+            f"an image of this network is {int(np.prod(expected))} bytes"
+        )
+    return np.frombuffer(data, np.uint8).reshape(found)
+
+
+def _read_npy(body: bytes) -> tuple[tuple[int, ...], memoryview]:
+    stream = io.BytesIO(body)
+    try:
+        version = np.lib.format.read_magic(stream)
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran_order, dtype = read_header(stream)
+    except Exception as error:  # it evaluates the header as a literal, which can fail in many ways
+        raise Unprocessable(f"expected an array as numpy.save writes it ({error}); send that") from error
+    if dtype != np.uint8 or fortran_order or any(not isinstance(n, int) or n < 0 for n in shape):
+        order = ", in Fortran order" if fortran_order else ""
+        raise Unprocessable(
+            f"expected an array of uint8 in C order, got {dtype} of shape {list(shape)}{order}; "
+            "convert it with numpy.ascontiguousarray(array, dtype=numpy.uint8)"
+        )
+    return shape, memoryview(body)[stream.tell() :]
+
+
+def _said(shape: str | None) -> tuple[int, ...] | None:
+    if shape is None:
+        return None
+    try:
+        return tuple(int(n) for n in shape.strip("[]() ").split(","))
+    except ValueError as error:
+        raise Unprocessable(f"expected shape=n,H,W,C in the Content-Type, got '{shape[:50]}'") from error

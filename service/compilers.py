@@ -1,0 +1,130 @@
+"""What runs a traced part of a network: PyTorch as it is, torch.compile's inductor, or OpenVINO.
+
+Measured on the CPU that ``benchmarks/results`` names: OpenVINO is the fastest of them at every batch size, most of all
+at one image, and takes batches of any size; inductor compiles each size anew, so batches are padded to powers of two.
+"""
+
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from defense import DefenseError
+
+logger = logging.getLogger(__name__)
+
+Compiler = Literal["none", "inductor", "openvino"]
+Values = tuple[Tensor, ...]
+Part = Callable[..., Values]
+
+_OPENVINO_TYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+_OPENVINO_CAPABILITIES = {torch.float32: "FP32", torch.bfloat16: "BF16", torch.float16: "FP16"}
+_SHAPES = 32  # that torch.compile may specialize on before it gives up: powers of two of trunk and tail
+
+
+class EngineError(DefenseError):
+    """The device, precision or compiler asked for cannot run this model."""
+
+
+def choose_compiler(name: str, device: torch.device) -> Compiler:
+    """The compiler of that name; ``"auto"``: openvino on a CPU where it is installed, else none.
+
+    Raises:
+        EngineError: it cannot run on this device, or is not installed.
+    """
+    installed = find_spec("openvino") is not None
+    if name == "auto":
+        return "openvino" if installed and device.type == "cpu" else "none"
+    if name == "openvino" and not installed:
+        raise EngineError(
+            "IGD_COMPILE=openvino needs a package: pip install 'ig-defense[openvino]'; or set IGD_COMPILE=none"
+        )
+    if name == "openvino" and device.type != "cpu":
+        raise EngineError(f"IGD_COMPILE=openvino runs on the CPU, not on {device}; set IGD_COMPILE=inductor or none")
+    return name  # type: ignore[return-value] # the settings allow no other
+
+
+def compiled(part: nn.Module, compiler: Compiler, dtype: torch.dtype, examples: Sequence[Tensor]) -> Part:
+    """A function with the values of ``part``, as a tuple of float32 tensors.
+
+    Args:
+        part: in eval mode, on its device; its first dimension is the batch. It may be changed.
+        dtype: that it computes in. examples: float32 inputs for two images.
+
+    Raises:
+        EngineError: the compiler cannot do this part, or not in this dtype.
+    """
+    if compiler == "openvino":
+        return _openvino(part, dtype, examples)
+    lowered = part.to(dtype).to(memory_format=torch.channels_last)
+    if compiler == "inductor":
+        lowered = _inductor(lowered)
+
+    def run(*values: Tensor) -> Values:
+        outputs = lowered(*(_channels_last(value.to(dtype)) for value in values))
+        return tuple(value.float() for value in _as_tuple(outputs))
+
+    return run
+
+
+def _as_tuple(outputs: Tensor | Values) -> Values:
+    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+
+
+def _channels_last(value: Tensor) -> Tensor:
+    return value.contiguous(memory_format=torch.channels_last) if value.ndim == 4 else value
+
+
+def _inductor(part: nn.Module) -> Any:
+    # Past the limit dynamo falls back to uncompiled code without an error.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _SHAPES)
+    # Freezing folds the weights into the layout that the kernels take, once instead of in every call.
+    return torch.compile(part, dynamic=False, options={"freezing": True})
+
+
+def _openvino(part: nn.Module, dtype: torch.dtype, examples: Sequence[Tensor]) -> Part:
+    import openvino
+
+    core = openvino.Core()
+    capabilities = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    if _OPENVINO_CAPABILITIES[dtype] not in capabilities:
+        raise EngineError(
+            f"OpenVINO does not compute in {dtype} on this CPU ({', '.join(capabilities)}); "
+            "set IGD_DTYPE=auto, or IGD_COMPILE=none"
+        )
+    try:
+        model = _openvino_model(part, examples)
+        # Any batch size: measured to be as fast as a fixed one, so nothing is padded.
+        model.reshape(dict(enumerate([[-1, *value.shape[1:]] for value in examples])))
+        options = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "INFERENCE_PRECISION_HINT": _OPENVINO_TYPES[dtype],
+            "ENABLE_CPU_PINNING": False,  # the event loop and the decoders share these cores
+        }
+        request = core.compile_model(model, "CPU", options).create_infer_request()
+    except RuntimeError as error:
+        raise EngineError(f"OpenVINO cannot compile this model ({error}); set IGD_COMPILE=none") from error
+
+    def run(*values: Tensor) -> Values:
+        # The Python lock is free while it computes: the event loop answers meanwhile.
+        outputs = request.infer([value.contiguous().numpy() for value in values], share_inputs=True)
+        return tuple(torch.from_numpy(outputs[i]) for i in range(len(outputs)))
+
+    return run
+
+
+def _openvino_model(part: nn.Module, examples: Sequence[Tensor]) -> Any:
+    # Not openvino.convert_model, which reports its use to a server.
+    from openvino.frontend import FrontEndManager
+    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
+
+    frontend = FrontEndManager().load_by_framework("pytorch")
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # torch's, that tracing is to be replaced
+        decoder = TorchScriptPythonDecoder(part.float(), example_input=tuple(examples))
+        return frontend.convert(frontend.load(decoder))

@@ -1,0 +1,95 @@
+"""The images in the body of a request, in any of the forms that /classify reads."""
+
+import base64
+import binascii
+
+from pydantic import ValidationError
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+
+from defense.model_config import InputConfig
+from service import arrays
+from service.arrays import Pixels
+from service.errors import TooLarge, Unprocessable, UnsupportedMediaType
+from service.schemas import ClassifyRequest
+
+
+async def read_images(request: Request, config: InputConfig, *, max_images: int) -> list[bytes] | Pixels:
+    """Image files, still to be decoded, or pixels [n, H, W, C] of the network's size.
+
+    Raises:
+        UnsupportedMediaType, Unprocessable, TooLarge: the body is of no known form, holds none, or too many.
+    """
+    content_type = request.headers.get("content-type", "")
+    media_type, _, parameters = content_type.partition(";")
+    media_type = media_type.strip().lower()
+    images: list[bytes] | Pixels
+    if media_type.startswith("image/"):
+        images = [await _body(request)]
+    elif media_type == "multipart/form-data":
+        images = await _files_of_form(request, max_images)
+    elif media_type == "application/json":
+        images = _files_of_json(await _body(request))
+    elif media_type in arrays.MEDIA_TYPES:
+        images = arrays.read_pixels(await _body(request), media_type, config, _shape(parameters))
+    else:
+        raise UnsupportedMediaType(
+            "expected Content-Type image/*, multipart/form-data, application/json, application/x-npy or "
+            f"application/octet-stream, got '{media_type or 'none'}'; "
+            "with curl: -H 'Content-Type: image/png' --data-binary @image.png"
+        )
+    if len(images) > max_images:
+        raise _too_many(max_images)
+    return images
+
+
+async def _body(request: Request) -> bytes:
+    # Not request.body(), which costs several times as much for a body that is there at once.
+    chunks = []
+    while True:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        chunks.append(message.get("body", b""))
+        if not message.get("more_body", False):
+            return b"".join(chunks)
+
+
+def _shape(parameters: str) -> str | None:
+    name, _, value = parameters.partition("=")
+    return value.strip(' "') if name.strip().lower() == "shape" else None
+
+
+def _too_many(max_images: int) -> TooLarge:
+    return TooLarge(f"expected at most {max_images} images in a request, got more; send several requests")
+
+
+async def _files_of_form(request: Request, max_images: int) -> list[bytes]:
+    try:
+        async with request.form(max_files=max_images) as form:
+            uploads = form.getlist("images")
+            if not uploads or not all(isinstance(upload, UploadFile) for upload in uploads):
+                raise Unprocessable(
+                    f"expected one or more files in the multipart field 'images', got the fields {sorted(set(form))}; "
+                    "with curl: -F images=@image.png"
+                )
+            return [await upload.read() for upload in uploads if isinstance(upload, UploadFile)]
+    except HTTPException as error:  # of starlette's parser
+        if error.detail.startswith("Too many files"):
+            raise _too_many(max_images) from error
+        raise
+    except UnicodeError as error:
+        raise Unprocessable(f"expected names in the charset of the Content-Type, got others: {error}") from error
+
+
+def _files_of_json(body: bytes) -> list[bytes]:
+    try:
+        images = ClassifyRequest.model_validate_json(body).images
+        return [base64.b64decode(image, validate=True) for image in images]
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "body"
+        raise Unprocessable(f'expected {{"images": ["<base64>", ...]}}; {where}: {first["msg"]}') from error
+    except (binascii.Error, ValueError) as error:
+        raise Unprocessable(f"expected images as plain base64 (no data: prefix), got other text: {error}") from error

@@ -1,0 +1,152 @@
+"""When a batch leaves and with whom, in simulated time: every figure below follows from the policy alone."""
+
+import asyncio
+import random
+import statistics
+from contextlib import asynccontextmanager
+
+import pytest
+
+from service.batching import Batcher
+from service.errors import QueueFull
+from simulated_time import SimulatedDevice, simulate
+
+BATCH_S, ITEM_S = 0.012, 0.0008  # what a batch costs, and each item in it
+
+
+@asynccontextmanager
+async def batching(loop, *, max_wait_s=0.0, max_batch_size=32, max_queue=10_000):
+    device = SimulatedDevice(loop, lambda count: BATCH_S + ITEM_S * count)
+    batcher = Batcher(
+        lambda group, items: items, device, max_batch_size=max_batch_size, max_queue=max_queue, max_wait_s=max_wait_s
+    )
+    batcher.start()
+    try:
+        yield batcher, device
+    finally:
+        await batcher.drain(60)
+
+
+async def at(loop, moment, batcher, item, group="a"):
+    """Submit at a moment; the seconds until the answer."""
+    await asyncio.sleep(moment - loop.time())
+    assert await batcher.submit(group, [item]) == [item]
+    return loop.time() - moment
+
+
+def run(arrivals, **options):
+    """Submit item i at ``arrivals[i]``: the latencies, and the batches as (when, items)."""
+
+    async def scenario(loop):
+        async with batching(loop, **options) as (batcher, device):
+            latencies = await asyncio.gather(*(at(loop, when, batcher, i) for i, when in enumerate(arrivals)))
+        return latencies, device.batches
+
+    return simulate(scenario)
+
+
+def test_a_lone_request_is_run_at_once():
+    latencies, batches = run([1.0])
+    assert batches == [(1.0, [0])]
+    assert latencies == [pytest.approx(BATCH_S + ITEM_S)]
+
+
+def test_when_the_device_is_free_it_takes_all_that_came_meanwhile():
+    _, batches = run([0, 0.001, 0.002, 0.0127])
+    assert batches == [(0, [0]), (pytest.approx(BATCH_S + ITEM_S), [1, 2, 3])]
+
+
+def test_what_comes_while_a_batch_waits_for_nothing_goes_with_the_next():
+    _, batches = run([0, 0.001, 0.013])
+    assert [items for _, items in batches] == [[0], [1], [2]]
+
+
+def test_with_a_wait_a_batch_leaves_when_its_oldest_item_has_waited():
+    latencies, batches = run([0, 0.004, 0.0099, 0.0101], max_wait_s=0.010)
+    assert batches[0] == (pytest.approx(0.010), [0, 1, 2])
+    assert latencies[0] == pytest.approx(0.010 + BATCH_S + 3 * ITEM_S)
+
+
+def test_with_a_wait_a_full_batch_leaves_at_once():
+    _, batches = run([0, 0.001, 0.002, 0.003], max_wait_s=0.010, max_batch_size=3)
+    assert batches[0] == (pytest.approx(0.002), [0, 1, 2])
+
+
+def test_time_spent_waiting_for_the_device_counts_as_waiting():
+    _, batches = run([0, 0.011], max_wait_s=0.010)  # the device is busy from 0.010 to 0.0228
+    assert batches[1] == (pytest.approx(0.010 + BATCH_S + ITEM_S), [1])
+
+
+def test_who_leaves_during_the_wait_does_not_make_others_wait():
+    async def scenario(loop):
+        async with batching(loop, max_wait_s=0.010) as (batcher, device):
+            left = asyncio.create_task(at(loop, 0.0, batcher, "left"))
+            stays = asyncio.create_task(at(loop, 0.004, batcher, "stays"))
+            await asyncio.sleep(0.006)
+            left.cancel()
+            await stays
+            return device.batches
+
+    ((when, items),) = simulate(scenario)
+    assert items == ["stays"] and when <= 0.014 + 1e-9
+
+
+def test_a_wait_strands_no_group():
+    async def scenario(loop):
+        async with batching(loop, max_wait_s=0.010) as (batcher, device):
+            await asyncio.gather(*(at(loop, 0.001 * i, batcher, i, group=i % 2) for i in range(6)))
+        return device.batches
+
+    assert [items for _, items in simulate(scenario)] == [[0], [1], [2], [3], [4], [5]]
+
+
+def test_draining_does_not_sit_out_the_wait():
+    async def scenario(loop):
+        async with batching(loop, max_wait_s=5.0) as (batcher, _):
+            with batcher.admit(1):
+                request = asyncio.create_task(batcher.submit("a", [1]))
+                await asyncio.sleep(0.001)
+                drained = asyncio.create_task(batcher.drain(60))
+                await request
+            await drained
+            return loop.time()
+
+    assert simulate(scenario) < 0.1
+
+
+def test_retry_after_is_the_time_that_the_queue_takes_at_the_present_rate():
+    async def scenario(loop):
+        async with batching(loop, max_batch_size=1, max_queue=1000) as (batcher, _):
+            await asyncio.gather(*(at(loop, 0.0, batcher, i) for i in range(20)))  # 78 a second
+            with batcher.admit(1000), pytest.raises(QueueFull) as full, batcher.admit(1):
+                pass
+            return int(full.value.headers["Retry-After"])
+
+    assert simulate(scenario) == pytest.approx(1000 * (BATCH_S + ITEM_S), abs=1)
+
+
+def poisson(rate, count, seed=0):
+    dice, moment = random.Random(seed), 0.0
+    return [moment := moment + dice.expovariate(rate) for _ in range(count)]
+
+
+def percentiles(latencies):
+    cuts = statistics.quantiles(latencies, n=100)
+    return 1000 * cuts[49], 1000 * cuts[98]
+
+
+def test_at_300_requests_a_second_late_binding_has_the_latency_that_was_published():
+    """24 and 36 ms (p50 and p99) without a wait, 30 and 42 ms with one of 20 ms."""
+    arrivals = poisson(rate=300, count=6000)
+
+    p50, p99 = percentiles(run(arrivals)[0])
+    waiting_p50, waiting_p99 = percentiles(run(arrivals, max_wait_s=0.020)[0])
+
+    assert (p50, p99) == (pytest.approx(24, abs=2.5), pytest.approx(36, abs=3))
+    assert (waiting_p50, waiting_p99) == (pytest.approx(30, abs=3), pytest.approx(42, abs=4))
+
+
+def test_beyond_saturation_the_device_runs_full_batches_only():
+    """The most it can do is 32 items in 37.6 ms, 851 a second."""
+    _, batches = run(poisson(rate=1300, count=4000))
+    assert statistics.fmean(len(items) for _, items in batches[3:-1]) > 31.5
