@@ -4,12 +4,17 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import torch
+from matplotlib.figure import Figure
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -80,6 +85,53 @@ def write_results(name: str, rows: list[dict[str, Any]]) -> None:
         json.dumps({"machine": machine(), "rows": rows}, indent=1, default=asdict) + "\n"
     )
     (RESULTS / f"{name}.md").write_text(table + "\n")
+
+
+def plot_bars(name: str, labels: Sequence[str], bars: dict[str, Sequence[float]], ylabel: str) -> None:
+    """Grouped bars, one group a label, as ``benchmarks/results/{name}.png``."""
+    figure, axes = plt.subplots(figsize=(max(6, 0.9 * len(labels)), 4.5), layout="constrained")
+    width = 0.8 / len(bars)
+    for i, (series, values) in enumerate(bars.items()):
+        places = [group + i * width for group in range(len(labels))]
+        drawn = axes.bar(places, values, width, label=series)
+        axes.bar_label(drawn, fmt="%.3g", fontsize=6, rotation=90, padding=2)
+    axes.set_xticks([group + 0.4 - width / 2 for group in range(len(labels))], labels, fontsize=7)
+    axes.set_ylabel(ylabel)
+    axes.margins(y=0.15)
+    axes.legend(fontsize=8)
+    save_plot(name, figure)
+
+
+def plot_lines(
+    name: str,
+    series: dict[str, list[tuple[float, float]]],
+    *,
+    xlabel: str,
+    ylabel: str,
+    log_x: bool = False,
+    log_y: bool = False,
+) -> None:
+    """Points (x, y) as lines, as ``benchmarks/results/{name}.png``."""
+    figure, axes = plt.subplots(figsize=(6.5, 4), layout="constrained")
+    for label, points in series.items():
+        axes.plot(*zip(*points, strict=True), marker="o", label=label)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    if log_x:
+        axes.set_xscale("log", base=2)
+    if log_y:
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    save_plot(name, figure)
+
+
+def save_plot(name: str, figure: Figure) -> None:
+    """As ``benchmarks/results/{name}.png``."""
+    RESULTS.mkdir(exist_ok=True)
+    figure.savefig(RESULTS / f"{name}.png", dpi=130)
+    plt.close(figure)
 
 
 def _cell(value: object) -> str:

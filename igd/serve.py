@@ -8,7 +8,7 @@ import uvicorn
 from pydantic import ValidationError
 
 from igd.options import describe
-from service.app import create_app
+from service.app import DirectClassify, create_app
 from service.server import Server
 from service.settings import Settings
 
@@ -25,7 +25,7 @@ def serve(context: typer.Context) -> None:
     logging.getLogger().setLevel(settings.log_level.upper())
     app = create_app(settings)
     config = uvicorn.Config(
-        app,
+        DirectClassify(app),
         host=settings.host,
         port=settings.port,
         log_config=None,

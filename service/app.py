@@ -11,7 +11,7 @@ from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from service.errors import ProblemResponse
 from service.metrics import Metrics
@@ -56,31 +56,29 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         app.include_router(module.router)
     limit = BodyLimit(settings.max_body_bytes, int(settings.max_total_mb * 1_000_000))
     app.add_middleware(RequestContext, metrics=metrics, limit=limit)
-    direct = RequestContext(classify.classify_directly, metrics=metrics, limit=limit)
-    _shorten_the_way_to_classify(app, direct)
+    app.state.direct_classify = RequestContext(classify.classify_directly, metrics=metrics, limit=limit)
     app.add_exception_handler(HTTPException, _http_problem)  # type: ignore[arg-type]
     app.add_exception_handler(RequestValidationError, _validation_problem)  # type: ignore[arg-type]
     _show_examples(app, settings)
     return app
 
 
-def _shorten_the_way_to_classify(app: FastAPI, direct: ASGIApp) -> None:
-    """POST /classify goes around FastAPI, whose layers cost more than all else that a small request needs.
+class DirectClassify:
+    """The application, but POST /classify goes around FastAPI, whose layers cost more than all that a request needs.
 
     Its route is registered all the same: for /docs, and for where the application is mounted under a path.
     """
-    plain_build = app.build_middleware_stack
 
-    def build() -> ASGIApp:
-        stack = plain_build()
+    def __init__(self, app: FastAPI) -> None:
+        self._app, self._classify = app, app.state.direct_classify
 
-        async def dispatch(scope: Scope, receive: Receive, send: Send) -> None:
-            short = scope["type"] == "http" and scope["path"] == classify.PATH and scope["method"] == "POST"
-            await (direct if short else stack)(scope, receive, send)
-
-        return dispatch
-
-    app.build_middleware_stack = build  # type: ignore[method-assign]
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request, or the lifespan."""
+        if scope["type"] == "http" and scope["path"] == classify.PATH and scope["method"] == "POST":
+            scope["app"] = self._app
+            await self._classify(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
 
 
 def _http_problem(request: Request, error: HTTPException) -> Response:

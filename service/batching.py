@@ -1,15 +1,16 @@
 """Dynamic batching by late binding: when the device is free, it takes whatever waits, up to a batch.
 
 By default there is no timer: a lone request never waits for others, and under load batches fill by themselves while the
-device is busy. It is the policy of text-embeddings-inference.
+device is busy. It is the policy of text-embeddings-inference. The device thread takes the next batch by itself: were it
+handed over by the event loop, the device would stand still whenever the loop has other things to do.
 """
 
 import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from concurrent.futures import CancelledError, Executor
-from contextlib import contextmanager, suppress
+from concurrent.futures import CancelledError, Executor, Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil
 from typing import Generic, TypeVar
@@ -57,17 +58,19 @@ class Batcher(Generic[Group, Item, Result]):
         self._run_batch, self._device, self._on_death = run_batch, device, on_death
         self.max_batch_size, self.max_queue, self.max_wait_s = max_batch_size, max_queue, max_wait_s
         self._queue: deque[_Waiting[Group, Item, Result]] = deque()
-        self._taken: list[_Waiting[Group, Item, Result]] = []
-        self._wake = asyncio.Event()
-        self._dispatcher: asyncio.Task[None] | None = None
-        self._draining = False
-        self._items_per_s = 0.0
+        self._taken: deque[list[_Waiting[Group, Item, Result]]] = deque()  # batches not settled yet, oldest first
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._busy = False  # the device has a batch, or is about to take one
+        self._timer: asyncio.TimerHandle | None = None
+        self._ended = self._draining = False
+        self._began_s = 0.0  # the turn under way
+        self._recent_items = self._recent_s = 0.0  # of the last ten turns or so
         self.in_flight = 0
 
     @property
     def alive(self) -> bool:
         """Whether submitted items will be answered."""
-        return self._dispatcher is not None and not self._dispatcher.done()
+        return self._loop is not None and not self._ended
 
     @property
     def accepting(self) -> bool:
@@ -79,22 +82,24 @@ class Batcher(Generic[Group, Item, Result]):
         """Items that wait for the device."""
         return len(self._queue)
 
+    @property
+    def _s_per_item(self) -> float:
+        return self._recent_s / self._recent_items if self._recent_items else 0.0
+
     def start(self) -> None:
-        """Start the dispatcher on the running event loop."""
-        self._dispatcher = asyncio.get_running_loop().create_task(self._dispatch(), name="batch dispatcher")
-        self._dispatcher.add_done_callback(self._dispatcher_ended)
+        """Begin to take items; to be called on the event loop."""
+        self._loop = asyncio.get_running_loop()
 
     async def drain(self, timeout_s: float) -> None:
         """Admit nothing more, answer what was admitted (for ``timeout_s`` at most), stop."""
-        self._draining = True
-        self._wake.set()  # a batch that waits to fill need not any more
         loop = asyncio.get_running_loop()
+        self._draining = True
+        if self.alive:
+            self._begin_if_due(loop)  # a batch that waits to fill need not any more
         give_up = loop.time() + timeout_s
         while self.in_flight and self.alive and loop.time() < give_up:  # noqa: ASYNC110 - once in a life
             await asyncio.sleep(0.01)
-        if self._dispatcher:
-            self._dispatcher.cancel()
-            await asyncio.wait([self._dispatcher])
+        self._end(NotReady("the server is shutting down; send the request again"))
 
     @contextmanager
     def admit(self, count: int) -> Iterator[None]:
@@ -108,7 +113,7 @@ class Batcher(Generic[Group, Item, Result]):
             raise NotReady("the server is shutting down; send the request to another replica, or again in a moment")
         # A request larger than the whole queue is let in when it is alone: refusing it would be for ever.
         if self.in_flight and self.in_flight + count > self.max_queue:
-            retry_after_s = min(30, max(1, ceil(self.in_flight / self._items_per_s))) if self._items_per_s else 1
+            retry_after_s = min(30, max(1, ceil(self.in_flight * self._s_per_item)))
             raise QueueFull(
                 f"{self.in_flight} images are in progress and the queue holds {self.max_queue}; "
                 f"try again in {retry_after_s} s",
@@ -122,13 +127,12 @@ class Batcher(Generic[Group, Item, Result]):
 
     async def submit(self, group: Group, items: Sequence[Item]) -> list[Result]:
         """The results of ``items``, in order. If the caller is cancelled, the device never sees what still waits."""
-        loop = asyncio.get_running_loop()
-        if not self.alive:
+        if self._loop is None or not self.alive:
             raise NotReady("the batch dispatcher is not running; restart the server")
-        now = loop.time()
+        loop, now = self._loop, self._loop.time()
         waiting = [_Waiting[Group, Item, Result](group, item, loop.create_future(), now) for item in items]
         self._queue.extend(waiting)
-        self._wake.set()
+        self._begin_if_due(loop)
         try:
             if len(waiting) == 1:  # gather costs as much as all the rest of this method
                 return [await waiting[0].answer]
@@ -137,33 +141,91 @@ class Batcher(Generic[Group, Item, Result]):
             for w in waiting:  # where one failed, nobody will read the others
                 w.answer.cancel()
 
-    async def _dispatch(self) -> None:
-        while True:
-            await self._wake.wait()
-            if self.max_wait_s:
-                await self._linger()
-            self._take()
-            if self._taken:
-                await self._run(self._taken)
-            else:
-                self._wake.clear()
+    # On the event loop:
 
-    async def _linger(self) -> None:
-        """Wait while the batch may fill: until it is full, or its oldest item has waited long enough."""
-        loop = asyncio.get_running_loop()
-        while self._queue and len(self._queue) < self.max_batch_size and not self._draining:
-            left_s = self._queue[0].since + self.max_wait_s - loop.time()
-            if left_s <= 0:
-                break
-            self._wake.clear()
-            with suppress(TimeoutError):
-                async with asyncio.timeout(left_s):
-                    await self._wake.wait()
-        self._wake.set()
+    def _begin_if_due(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Give the device something to do, unless it has, or the batch may still fill."""
+        if self._timer:
+            self._timer.cancel()
+            self._timer = None
+        if self._busy or not self._queue:
+            return
+        left_s = self._left_to_wait_s(loop)
+        if left_s > 0:
+            self._timer = loop.call_later(left_s, self._begin_if_due, loop)
+        else:
+            self._busy, self._began_s = True, loop.time()
+            self._give_device_a_turn(loop)
 
-    def _take(self) -> None:
+    def _left_to_wait_s(self, loop: asyncio.AbstractEventLoop) -> float:
+        if not self.max_wait_s or self._draining or len(self._queue) >= self.max_batch_size:
+            return 0
+        since = next((w.since for w in self._queue if not w.answer.done()), -self.max_wait_s)
+        return since + self.max_wait_s - loop.time()
+
+    def _settle(
+        self, loop: asyncio.AbstractEventLoop, turn: "Future[Sequence[Result | Exception]]", goes_on: bool
+    ) -> None:
+        """Hand out the results of a batch."""
+        if not self.alive:
+            return
+        try:
+            outcomes = turn.result()
+            batch = self._taken.popleft()
+            for w, outcome in zip(batch, outcomes, strict=True):
+                if w.answer.done():
+                    continue
+                if isinstance(outcome, Exception):
+                    w.answer.set_exception(outcome)
+                else:
+                    w.answer.set_result(outcome)
+            self._recent_items = 0.9 * self._recent_items + len(batch)
+            self._recent_s = 0.9 * self._recent_s + loop.time() - self._began_s
+            self._began_s = loop.time()
+            if not goes_on:
+                self._busy = False
+                self._begin_if_due(loop)
+        except BaseException as error:  # noqa: BLE001 - whatever it is, nobody may be left waiting
+            self._die(error)
+
+    def _die(self, error: BaseException) -> None:
+        logger.critical("the batch dispatcher died", exc_info=error)
+        self._end(
+            NotReady(f"the batch dispatcher died ({error!r}); send the request again when the server has restarted")
+        )
+        self._on_death(error)
+
+    def _end(self, reason: NotReady) -> None:
+        self._ended = True
+        for w in [*(w for batch in self._taken for w in batch), *self._queue]:
+            if not w.answer.done():
+                w.answer.set_exception(reason)
+        self._taken.clear()
+        self._queue.clear()
+
+    # On the device thread, but for the first turn:
+
+    def _give_device_a_turn(self, loop: asyncio.AbstractEventLoop) -> None:
+        # One batch a turn: whatever else was given to the executor meanwhile comes before the next.
+        self._device.submit(self._turn).add_done_callback(lambda turn: self._after_turn(loop, turn))
+
+    def _after_turn(self, loop: asyncio.AbstractEventLoop, turn: "Future[Sequence[Result | Exception]]") -> None:
+        if self._ended:  # by then the loop may be closed
+            return
+        goes_on = bool(self._queue) and not self.max_wait_s and turn.exception() is None
+        if goes_on:
+            self._give_device_a_turn(loop)
+        loop.call_soon_threadsafe(self._settle, loop, turn, goes_on)
+
+    def _turn(self) -> Sequence[Result | Exception]:
+        """Take a batch and run it."""
+        batch = self._take()
+        return self._outcomes(batch)
+
+    def _take(self) -> list[_Waiting[Group, Item, Result]]:
         """Take the oldest items that are still wanted, all of one group."""
-        batch = self._taken = []
+        batch: list[_Waiting[Group, Item, Result]] = []
+        self._taken.append(batch)
         while self._queue and len(batch) < self.max_batch_size:
             if self._queue[0].answer.done():  # its caller left
                 self._queue.popleft()
@@ -171,56 +233,27 @@ class Batcher(Generic[Group, Item, Result]):
                 break
             else:
                 batch.append(self._queue.popleft())
+        return batch
 
-    async def _run(self, batch: list[_Waiting[Group, Item, Result]]) -> None:
-        loop = asyncio.get_running_loop()
-        started = loop.time()
+    def _outcomes(self, batch: list[_Waiting[Group, Item, Result]]) -> Sequence[Result | Exception]:
+        """A result or an error for each item."""
+        if not batch:
+            return []
         try:
-            results = await self._on_device(batch)
+            return self._results(batch)
         except Exception as error:
             if len(batch) == 1:
-                _fail(batch, error)
-                return
+                return [error]
             logger.exception("a batch of %d failed; trying its images one by one", len(batch))
-            for one in batch:
-                if not one.answer.done():
-                    await self._run([one])
-            return
-        for w, result in zip(batch, results, strict=True):
-            if not w.answer.done():
-                w.answer.set_result(result)
-        rate = len(batch) / max(loop.time() - started, 1e-9)
-        self._items_per_s = 0.9 * self._items_per_s + 0.1 * rate if self._items_per_s else rate
+            return [self._outcomes([w])[0] if not w.answer.done() else error for w in batch]
 
-    async def _on_device(self, batch: list[_Waiting[Group, Item, Result]]) -> Sequence[Result]:
-        items = [w.item for w in batch]
-        results = await asyncio.get_running_loop().run_in_executor(self._device, self._call, batch[0].group, items)
-        if len(results) != len(items):
-            raise RuntimeError(f"expected {len(items)} results of a batch, got {len(results)}")
-        return results
-
-    def _call(self, group: Group, items: list[Item]) -> Sequence[Result]:
+    def _results(self, batch: list[_Waiting[Group, Item, Result]]) -> Sequence[Result]:
         try:
-            return self._run_batch(group, items)
+            results = self._run_batch(batch[0].group, [w.item for w in batch])
         except (StopIteration, asyncio.CancelledError, CancelledError) as error:
-            # asyncio takes these for its own: the dispatcher would wait for ever, or end as if it had been told to.
+            # asyncio takes these for its own: no future can have the first, and the others would look like a caller
+            # who left.
             raise RuntimeError(repr(error)) from error
-
-    def _dispatcher_ended(self, task: "asyncio.Task[None]") -> None:
-        error = None if task.cancelled() else task.exception()
-        reason = NotReady(
-            "the server is shutting down; send the request again"
-            if error is None
-            else f"the batch dispatcher died ({error!r}); send the request again when the server has restarted"
-        )
-        _fail([*self._taken, *self._queue], reason)
-        self._queue.clear()
-        if error is not None:
-            logger.critical("the batch dispatcher died", exc_info=error)
-            self._on_death(error)
-
-
-def _fail(batch: Sequence[_Waiting[Group, Item, Result]], error: Exception) -> None:
-    for w in batch:
-        if not w.answer.done():
-            w.answer.set_exception(error)
+        if len(results) != len(batch):
+            raise RuntimeError(f"expected {len(batch)} results of a batch, got {len(results)}")
+        return results

@@ -48,18 +48,20 @@ def choose_compiler(name: str, device: torch.device) -> Compiler:
     return name  # type: ignore[return-value] # the settings allow no other
 
 
-def compiled(part: nn.Module, compiler: Compiler, dtype: torch.dtype, examples: Sequence[Tensor]) -> Part:
+def compiled(
+    part: nn.Module, compiler: Compiler, dtype: torch.dtype, examples: Sequence[Tensor], threads: int | None = None
+) -> Part:
     """A function with the values of ``part``, as a tuple of float32 tensors.
 
     Args:
         part: in eval mode, on its device; its first dimension is the batch. It may be changed.
-        dtype: that it computes in. examples: float32 inputs for two images.
+        dtype: that it computes in. examples: float32 inputs for two images. threads: of OpenVINO, by default torch's.
 
     Raises:
         EngineError: the compiler cannot do this part, or not in this dtype.
     """
     if compiler == "openvino":
-        return _openvino(part, dtype, examples)
+        return _openvino(part, dtype, examples, threads or torch.get_num_threads())
     lowered = part.to(dtype).to(memory_format=torch.channels_last)
     if compiler == "inductor":
         lowered = _inductor(lowered)
@@ -86,7 +88,7 @@ def _inductor(part: nn.Module) -> Any:
     return torch.compile(part, dynamic=False, options={"freezing": True})
 
 
-def _openvino(part: nn.Module, dtype: torch.dtype, examples: Sequence[Tensor]) -> Part:
+def _openvino(part: nn.Module, dtype: torch.dtype, examples: Sequence[Tensor], threads: int) -> Part:
     import openvino
 
     core = openvino.Core()
@@ -102,7 +104,7 @@ def _openvino(part: nn.Module, dtype: torch.dtype, examples: Sequence[Tensor]) -
         model.reshape(dict(enumerate([[-1, *value.shape[1:]] for value in examples])))
         options = {
             "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "INFERENCE_NUM_THREADS": threads,
             "INFERENCE_PRECISION_HINT": _OPENVINO_TYPES[dtype],
             "ENABLE_CPU_PINNING": False,  # the event loop and the decoders share these cores
         }

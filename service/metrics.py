@@ -1,5 +1,7 @@
 """Prometheus metrics: base units, few label values, every series there from the start."""
 
+from itertools import product
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 from prometheus_client.gc_collector import GCCollector
 from prometheus_client.platform_collector import PlatformCollector
@@ -58,10 +60,9 @@ class Metrics:
             "Share of probe images with the same defended prediction in float32; NaN if not compared.",
             registry=self.registry,
         )
-        for endpoint in ENDPOINTS:
-            self.request_seconds.labels(endpoint)
-            for outcome in OUTCOMES:
-                self.requests.labels(endpoint, outcome)
+        # Every series is there from the start; and to look one up costs as much as to count.
+        self._seconds_of = {endpoint: self.request_seconds.labels(endpoint) for endpoint in ENDPOINTS}
+        self._requests_of = {pair: self.requests.labels(*pair) for pair in product(ENDPOINTS, OUTCOMES)}
 
     def show_importance(self, version: str, importance: NeuronImportance, top_k: int) -> None:
         """Name the version being served, and no other."""
@@ -71,8 +72,8 @@ class Metrics:
     def observe_request(self, endpoint: str, status: int, seconds: float) -> None:
         """Count an answer."""
         endpoint = endpoint if endpoint in ENDPOINTS else "other"
-        self.requests.labels(endpoint, _outcome(status)).inc()
-        self.request_seconds.labels(endpoint).observe(seconds)
+        self._requests_of[endpoint, _outcome(status)].inc()
+        self._seconds_of[endpoint].observe(seconds)
 
 
 def _outcome(status: int) -> str:

@@ -5,8 +5,8 @@ Plain ASGI, because starlette's BaseHTTPMiddleware hides that a client left.
 
 import logging
 import re
+import secrets
 import time
-import uuid
 
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -156,4 +156,4 @@ def body_too_large(max_body_bytes: int) -> TooLarge:
 
 
 def _request_id(given: bytes | None) -> str:
-    return given.decode() if given and _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+    return given.decode() if given and _REQUEST_ID.fullmatch(given) else secrets.token_hex(16)

@@ -91,8 +91,8 @@ class Predictor:
         threads: int | None = None,
         max_batch_size: int = 64,
     ) -> None:
-        if threads:
-            torch.set_num_threads(threads)
+        self._threads = threads or torch.get_num_threads()
+        torch.set_num_threads(self._threads)
         self.device = resolve_device(device)
         self.config = read_config(directory)
         self._model = load_classifier(directory).to(self.device)
@@ -128,10 +128,13 @@ class Predictor:
         if layer not in self._engines:  # once a layer: another version is to be served within a second
             self._engines[layer] = self._engine_for(importance)
         engine, share = self._engines[layer]
+        # What is left to PyTorch beside OpenVINO is small: to share it out takes longer than to do it.
+        torch.set_num_threads(1 if engine.compiler == "openvino" else self._threads)
         return ServedDefense(version, importance, self._defend(engine, importance), engine, share)
 
     def _engine_for(self, importance: NeuronImportance) -> tuple[EngineSplit, float | None]:
         """The fastest engine that leaves the predictions as they are, and the share of the same ones."""
+        torch.set_num_threads(self._threads)
         engine = self._fast_engine(importance.layer)
         share = self._agreement(engine, importance)
         if share is None:
@@ -154,19 +157,23 @@ class Predictor:
         Returns:
             [B, 3, C]: probabilities defended and undefended, and the pseudo-label's class weights.
         """
-        images = self._to_device(pixels, defense.compiler).permute(0, 3, 1, 2).float().div_(255)
+        images = self.images_of(self._padded(pixels) if defense.compiler == "inductor" else pixels)
         prediction = defense.classifier.predict(images, self._noise(images))
         rows = [prediction.logits.softmax(1), prediction.undefended_logits.softmax(1), prediction.class_weights]
         result: NDArray[np.float32] = torch.stack(rows, dim=1).float().cpu().numpy()
         return result[: len(pixels)]
 
-    def _to_device(self, pixels: Sequence[Pixels], compiler: Compiler) -> Tensor:
-        array = np.stack(pixels)
-        if compiler == "inductor":  # compiles every size anew
-            missing = padded_size(len(array), self._sizes) - len(array)
-            array = np.concatenate([array, np.zeros((missing, *array.shape[1:]), array.dtype)])
-        tensor = torch.from_numpy(array)
-        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+    def images_of(self, pixels: Sequence[Pixels]) -> Tensor:
+        """Images [B, channels, H, W] in [0, 1], on the device, of B arrays [H, W, channels]."""
+        tensor = torch.from_numpy(np.stack(pixels))
+        if self.device.type == "cuda":
+            tensor = tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor.permute(0, 3, 1, 2).float().div_(255)
+
+    def _padded(self, pixels: Sequence[Pixels]) -> list[Pixels]:
+        """To a size that is compiled already: inductor compiles every size anew."""
+        missing = padded_size(len(pixels), self._sizes) - len(pixels)
+        return [*pixels, *[np.zeros_like(pixels[0])] * missing]
 
     def _noise(self, images: Tensor) -> Tensor | None:
         defense = self.config.defense
@@ -198,7 +205,7 @@ class Predictor:
 
     def _engine(self, layer: str, dtype: torch.dtype, compiler: Compiler) -> EngineSplit:
         images = torch.rand(2, *self.config.input.shape, device=self.device)
-        engine = EngineSplit(self._split_at(layer), dtype, compiler, images)
+        engine = EngineSplit(self._split_at(layer), dtype, compiler, images, threads=self._threads)
         self._warm_up(engine)
         return engine
 

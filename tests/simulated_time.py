@@ -32,17 +32,23 @@ class SimulatedDevice(Executor):
         self._loop, self._cost_s, self._busy = loop, cost_s, False
         self.batches: list[tuple[float, list[Any]]] = []  # when each began, and its items
 
-    def submit(self, run: Callable[..., Any], /, group: object, items: list[Any]) -> "Future[Any]":  # type: ignore[override]
-        assert not self._busy, "the device was given a batch before it was free"
-        self._busy = True
+    def run_batch(self, group: object, items: list[Any]) -> list[Any]:
+        """What the batcher is to call: each item is its own result."""
         self.batches.append((self._loop.time(), items))
+        return items
+
+    def submit(self, run: Callable[..., Any], /, *arguments: Any, **options: Any) -> "Future[Any]":
+        assert not self._busy, "the device was given a batch before it was free"
+        self._busy, before = True, len(self.batches)
         future: Future[Any] = Future()
-        self._loop.call_later(self._cost_s(len(items)), self._finish, future, run(group, items))
+        result = run(*arguments, **options)
+        cost_s = sum(self._cost_s(len(items)) for _, items in self.batches[before:])
+        self._loop.call_later(cost_s, self._finish, future, result)
         return future
 
-    def _finish(self, future: "Future[Any]", results: Any) -> None:
+    def _finish(self, future: "Future[Any]", result: Any) -> None:
         self._busy = False
-        future.set_result(results)
+        future.set_result(result)
 
 
 def simulate(scenario: Callable[[SimulatedTime], Coroutine[Any, Any, Any]]) -> Any:

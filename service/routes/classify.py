@@ -1,11 +1,11 @@
 """POST /classify: images in, defended predictions out."""
 
 import asyncio
-import json
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import orjson
 from fastapi import APIRouter, Depends
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -22,7 +22,6 @@ router = APIRouter(tags=["classify"])
 
 PATH = "/classify"
 DEFAULT_TOP, MAX_TOP = 5, 1000
-_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 
 @router.post(
@@ -45,7 +44,7 @@ async def classify(request: Request) -> Response:
     runtime = runtime_of(request)
     settings, config = runtime.settings, runtime.predictor.config
     check_api_key(request.headers.get("authorization"), settings.api_keys)
-    top = read_top(request.query_params.get("top"))
+    top = read_top(request.query_params.get("top")) if request.scope["query_string"] else DEFAULT_TOP
     defense = runtime.defense
     remaining_s = settings.deadline_s - (time.perf_counter() - request.state.arrived_at)
     try:
@@ -62,7 +61,7 @@ async def classify(request: Request) -> Response:
         "importance_version": defense.version,
         "predictions": [prediction_json(row, config.labels, top) for row in rows],
     }
-    return Response(_encode(answer), media_type="application/json")
+    return Response(orjson.dumps(answer), media_type="application/json")
 
 
 async def classify_directly(scope: Scope, receive: Receive, send: Send) -> None:

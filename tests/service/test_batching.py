@@ -257,19 +257,6 @@ def test_a_full_queue_says_when_to_come_back():
     asyncio.run(scenario())
 
 
-def test_a_slow_device_asks_for_more_patience():
-    async def scenario():
-        async with running(Device(), max_queue=10) as batcher:
-            batcher._items_per_s = 0.5
-            with batcher.admit(9), pytest.raises(QueueFull, match="try again in 18 s"):
-                batcher.admit(9).__enter__()
-            batcher._items_per_s = 0.01
-            with batcher.admit(9), pytest.raises(QueueFull, match="try again in 30 s"):
-                batcher.admit(9).__enter__()
-
-    asyncio.run(scenario())
-
-
 def test_a_request_larger_than_the_queue_is_let_in_when_alone():
     async def scenario():
         async with running(Device(), max_queue=4) as batcher:

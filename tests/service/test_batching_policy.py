@@ -18,7 +18,7 @@ BATCH_S, ITEM_S = 0.012, 0.0008  # what a batch costs, and each item in it
 async def batching(loop, *, max_wait_s=0.0, max_batch_size=32, max_queue=10_000):
     device = SimulatedDevice(loop, lambda count: BATCH_S + ITEM_S * count)
     batcher = Batcher(
-        lambda group, items: items, device, max_batch_size=max_batch_size, max_queue=max_queue, max_wait_s=max_wait_s
+        device.run_batch, device, max_batch_size=max_batch_size, max_queue=max_queue, max_wait_s=max_wait_s
     )
     batcher.start()
     try:
@@ -114,15 +114,18 @@ def test_draining_does_not_sit_out_the_wait():
     assert simulate(scenario) < 0.1
 
 
-def test_retry_after_is_the_time_that_the_queue_takes_at_the_present_rate():
+@pytest.mark.parametrize(("max_queue", "expected_s"), [(50, 1), (1000, 1000 * (BATCH_S + ITEM_S)), (9000, 30)])
+def test_retry_after_is_the_time_that_the_queue_takes_at_the_present_rate(max_queue, expected_s):
+    """Rounded up to whole seconds, and 30 s at most."""
+
     async def scenario(loop):
-        async with batching(loop, max_batch_size=1, max_queue=1000) as (batcher, _):
+        async with batching(loop, max_batch_size=1, max_queue=max_queue) as (batcher, _):
             await asyncio.gather(*(at(loop, 0.0, batcher, i) for i in range(20)))  # 78 a second
-            with batcher.admit(1000), pytest.raises(QueueFull) as full, batcher.admit(1):
+            with batcher.admit(max_queue), pytest.raises(QueueFull) as full, batcher.admit(1):
                 pass
             return int(full.value.headers["Retry-After"])
 
-    assert simulate(scenario) == pytest.approx(1000 * (BATCH_S + ITEM_S), abs=1)
+    assert simulate(scenario) == pytest.approx(expected_s, abs=1)
 
 
 def poisson(rate, count, seed=0):

@@ -1,0 +1,155 @@
+"""What the defense costs on one engine (a), and what the engine gains over the paper's words taken literally (b).
+
+    python benchmarks/engine_speed.py [--seconds 6]
+
+(a) a defended prediction / an undefended one, from pixels on the host to probabilities on the host, on the same engine;
+with noise and with sigma = 0. (b) two full passes of the float32 model in PyTorch, with the masks averaged image by
+image, / the engine's defended prediction. All of them take turns, and a ratio is the median of paired ratios.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from measure import paired_ratio, plot_bars, seconds, write_results
+from torch import Tensor
+
+from defense import top_k_masks
+from defense.model_config import DefenseConfig
+from models import models, predictor_of
+from service.predictor import Pixels, Predictor, ServedDefense
+
+BATCHES = (1, 8, 64)
+ENGINES = (("bfloat16", "openvino"), ("bfloat16", "none"), ("float32", "openvino"), ("float32", "none"))
+
+
+def main() -> None:
+    """Measure every engine on both models."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=6, help="about, of each ratio")
+    parser.add_argument("--engines", nargs="*", default=["+".join(e) for e in ENGINES])
+    arguments = parser.parse_args()
+    rows = [
+        row
+        for name, directory in models().items()
+        for engine in arguments.engines
+        for row in measure_engine(name, directory, *engine.split("+"), seconds_each=arguments.seconds)
+    ]
+    write_results("engine_speed", rows)
+    _plot(rows)
+
+
+def measure_engine(
+    name: str, directory: Path, dtype: str, compiler: str, *, seconds_each: float
+) -> list[dict[str, Any]]:
+    """A row for each batch size."""
+    noisy, still = predictor_of(directory, dtype, compiler), predictor_of(_without_noise(directory), dtype, compiler)
+    rows = []
+    for batch in BATCHES:
+        pixels = _pixels(noisy[0], batch)
+        defended = _call(noisy, pixels)
+        undefended = Undefended(*noisy)
+        literal = LiteralDefense(noisy[0], noisy[1])
+        a = _ratio(defended, lambda u=undefended, p=pixels: u(p), seconds_each)
+        a_still = _ratio(_call(still, pixels), lambda u=undefended, p=pixels: u(p), seconds_each)
+        b = _ratio(lambda d=literal, p=pixels: d(p), defended, seconds_each)
+        rows.append(
+            {
+                "model": name,
+                "precision": noisy[1].engine.name.replace("torch.", ""),
+                "batch": batch,
+                "undefended ms": 1000 * a.b_s,
+                "defended ms": 1000 * a.a_s,
+                "defended / undefended": a.median,
+                "with sigma 0": a_still.median,
+                "literal ms": 1000 * b.a_s,
+                "literal / engine": b.median,
+            }
+        )
+        print(rows[-1], flush=True)
+    return rows
+
+
+def _ratio(a: Callable[[], object], b: Callable[[], object], seconds_each: float) -> Any:
+    a(), b()
+    pairs = int(seconds_each / (seconds(a) + seconds(b)))
+    return paired_ratio(a, b, pairs=min(2001, max(9, pairs)))
+
+
+def _call(served: tuple[Predictor, ServedDefense], pixels: list[Pixels]) -> Callable[[], object]:
+    predictor, defense = served
+    return lambda: predictor.predict(defense, pixels)
+
+
+def _pixels(predictor: Predictor, batch: int) -> list[Pixels]:
+    channels, height, width = predictor.config.input.shape
+    return list(np.random.default_rng(0).integers(0, 256, (batch, height, width, channels), np.uint8))
+
+
+def _without_noise(directory: Path) -> Path:
+    """The same model directory with sigma = 0."""
+    still = Path(tempfile.mkdtemp()) / directory.name
+    still.mkdir()
+    for file in directory.iterdir():
+        if file.name != "model.toml":
+            (still / file.name).symlink_to(file.resolve())
+    lines = (directory / "model.toml").read_text().splitlines()
+    (still / "model.toml").write_text(
+        "\n".join("sigma = 0" if line.replace(" ", "").startswith("sigma=") else line for line in lines)
+    )
+    return still
+
+
+class Undefended:
+    """What the service would do without a defense: one pass on the same engine."""
+
+    def __init__(self, predictor: Predictor, defense: ServedDefense) -> None:
+        self._predictor, self._engine = predictor, defense.engine
+
+    @torch.inference_mode()
+    def __call__(self, pixels: list[Pixels]) -> object:
+        images = self._predictor.images_of(pixels)
+        return self._engine.tail(*self._engine.cut(images)).softmax(1).cpu().numpy()
+
+
+class LiteralDefense:
+    """The paper's words: a pass on a noisy image, masks averaged image by image, a pass with them; float32."""
+
+    def __init__(self, predictor: Predictor, defense: ServedDefense) -> None:
+        self._predictor, self._split = predictor, predictor.split
+        self._settings: DefenseConfig = predictor.config.defense
+        self._masks = top_k_masks(defense.importance.scores, self._settings.top_k)
+
+    @torch.inference_mode()
+    def __call__(self, pixels: list[Pixels]) -> object:
+        images = self._predictor.images_of(pixels)
+        noisy = images + self._settings.sigma * torch.randn_like(images)
+        weights = (self._split(noisy) / self._settings.temperature).softmax(1)
+        masks = torch.zeros(len(images), self._masks.shape[1])
+        for i in range(len(images)):
+            for c in range(self._masks.shape[0]):
+                masks[i] += weights[i, c] * self._masks[c]
+        return self._masked(images, masks).softmax(1).cpu().numpy()
+
+    def _masked(self, images: Tensor, masks: Tensor) -> Tensor:
+        activations, *bypass = self._split.cut(images)
+        return self._split.tail(activations * masks.reshape(*masks.shape, *(1,) * (activations.ndim - 2)), *bypass)
+
+
+def _plot(rows: list[dict[str, Any]]) -> None:
+    labels = [f"{row['model'].split(',')[0].split(' ')[0]}\n{row['precision']}\nbatch {row['batch']}" for row in rows]
+    columns = {
+        "defended / undefended": "defended / undefended",
+        "sigma 0": "with sigma 0",
+        "literal": "literal / engine",
+    }
+    bars = {label: [row[column] for row in rows] for label, column in columns.items()}
+    plot_bars("engine_speed", labels, bars, "ratio of latencies")
+
+
+if __name__ == "__main__":
+    main()

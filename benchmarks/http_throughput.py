@@ -1,0 +1,94 @@
+"""How much of the engine's throughput is left behind HTTP: saturated /classify / a bare loop over the same engine (c).
+
+    python benchmarks/http_throughput.py [--seconds 6]
+
+wrk (on the same processors) posts one PNG a request over 1 to 256 connections. The bare loop predicts batches of 64 in
+this process while the server is idle, before and after each of these runs; a ratio is against the mean of the two.
+"""
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from measure import plot_lines, write_results
+from peers.load import saturate
+from server import Server, igd_server
+
+from models import models, predictor_of, sample_files, settings_of
+
+CONNECTIONS = (1, 8, 32, 64, 128, 256)
+BATCH = 64
+
+
+def main() -> None:
+    """Measure both models."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=6, help="of each run")
+    arguments = parser.parse_args()
+    rows = [row for name, model in models().items() for row in _measure(name, model, arguments.seconds)]
+    write_results("http_throughput", rows)
+    plot_lines(
+        "http_throughput",
+        {name: _series(rows, name) for name in models()},
+        xlabel="connections",
+        ylabel="/classify / bare loop",
+        log_x=True,
+    )
+
+
+def _series(rows: list[dict[str, Any]], model: str) -> list[tuple[float, float]]:
+    return [(row["connections"], row["/classify / bare loop"]) for row in rows if row["model"] == model]
+
+
+def _measure(name: str, model: Path, seconds: float) -> list[dict[str, Any]]:
+    bare, files = BareLoop(model), sample_files(model)
+    with igd_server(model, **settings_of(model)) as server:
+        saturate(server.url, 32, seconds / 2, bodies=files)
+        return [_row(name, server, bare, files, connections, seconds) for connections in CONNECTIONS]
+
+
+def _row(name: str, server: Server, bare: "BareLoop", files: Path, connections: int, seconds: float) -> dict[str, Any]:
+    before = bare.images_per_s(seconds / 3)
+    counted = server.metrics()
+    found = saturate(server.url, connections, seconds, bodies=files)
+    batches = {key: server.metrics()[key] - counted[key] for key in ("igd_batch_size_sum", "igd_batch_size_count")}
+    after = bare.images_per_s(seconds / 3)
+    row = {
+        "model": name,
+        "connections": connections,
+        "requests/s": found.requests_per_s,
+        "bare loop images/s": (before + after) / 2,
+        "/classify / bare loop": found.requests_per_s / ((before + after) / 2),
+        "p50 ms": found.p50_ms,
+        "p99 ms": found.p99_ms,
+        "mean batch": batches["igd_batch_size_sum"] / max(1, batches["igd_batch_size_count"]),
+        "errors": found.errors,
+        "client CPU us/request": 1e6 * found.client_cpu_s / (found.requests_per_s * seconds),
+    }
+    print(row, flush=True)
+    return row
+
+
+class BareLoop:
+    """The same engine with nothing around it: pixels in, probabilities out, one batch after the other."""
+
+    def __init__(self, model: Path) -> None:
+        settings = settings_of(model)
+        precision, compiler = settings.get("dtype", "auto"), settings.get("compile", "auto")
+        self._predictor, self._defense = predictor_of(model, precision, compiler)
+        channels, height, width = self._predictor.config.input.shape
+        self._pixels = list(np.random.default_rng(0).integers(0, 256, (BATCH, height, width, channels), np.uint8))
+
+    def images_per_s(self, seconds: float) -> float:
+        """Measured for about that long."""
+        started, images = time.perf_counter(), 0
+        while (took_s := time.perf_counter() - started) < seconds:
+            self._predictor.predict(self._defense, self._pixels)
+            images += BATCH
+        return images / took_s
+
+
+if __name__ == "__main__":
+    main()
