@@ -21,6 +21,7 @@ from torch import Tensor
 from defense import top_k_masks
 from defense.model_config import DefenseConfig
 from models import models, predictor_of
+from service.glue import to_images
 from service.predictor import Pixels, Predictor, ServedDefense
 
 BATCHES = (1, 8, 64)
@@ -112,7 +113,7 @@ class Undefended:
 
     @torch.inference_mode()
     def __call__(self, pixels: list[Pixels]) -> object:
-        images = self._predictor.images_of(pixels)
+        images = to_images(self._predictor.to_device(pixels))
         return self._engine.tail(*self._engine.cut(images)).softmax(1).cpu().numpy()
 
 
@@ -126,7 +127,7 @@ class LiteralDefense:
 
     @torch.inference_mode()
     def __call__(self, pixels: list[Pixels]) -> object:
-        images = self._predictor.images_of(pixels)
+        images = to_images(self._predictor.to_device(pixels))
         noisy = images + self._settings.sigma * torch.randn_like(images)
         weights = (self._split(noisy) / self._settings.temperature).softmax(1)
         masks = torch.zeros(len(images), self._masks.shape[1])

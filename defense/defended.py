@@ -81,9 +81,8 @@ class DefendedClassifier(nn.Module):
         Returns:
             Logits of the second pass, [B, C].
         """
-        clean, noisy = self._trunk_passes(images, noise)
-        class_weights = self._pseudo_label(self.split.tail(*(noisy or clean)), len(images))
-        return self._masked_pass(clean, class_weights)
+        clean, logits = self._first_pass(self.split.cut(self.with_noisy_copies(images, noise)))
+        return self._masked_pass(clean, self._pseudo_label(logits))
 
     @torch.no_grad()
     def predict(self, images: Tensor, noise: Tensor | None = None) -> DefendedPrediction:
@@ -92,28 +91,43 @@ class DefendedClassifier(nn.Module):
         Args:
             images, noise: as for ``forward``.
         """
-        clean, noisy = self._trunk_passes(images, noise)
-        first = self.split.tail(*(torch.cat(pair) for pair in zip(clean, noisy, strict=True)) if noisy else clean)
-        undefended_logits = first[: len(images)]
-        class_weights = self._pseudo_label(first[len(images) :] if noisy else undefended_logits, len(images))
+        return self.judge(*self.split.cut(self.with_noisy_copies(images, noise)))
+
+    def with_noisy_copies(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """What the trunk takes: the images [B, ...] and after them their noisy copies [n * B, ...], unless sigma is 0.
+
+        One trunk call serves both passes: cheaper than two, at small batches most of all.
+
+        Args:
+            images, noise: as for ``forward``.
+        """
+        if self.sigma == 0:
+            return images
+        noise = self._standard_normal(images, noise)
+        return torch.cat([images, (images + self.sigma * noise).flatten(0, 1)])  # not clamped, as in the paper
+
+    def judge(self, *values: Tensor) -> DefendedPrediction:
+        """Both passes' answers, from what crosses the split for ``with_noisy_copies(images)``.
+
+        Args:
+            values: activations [(1 + n) * B, ...] and what bypasses the layer; B without noise.
+        """
+        clean, logits = self._first_pass(values)
+        undefended_logits = self.split.tail(*clean) if self.sigma else logits
+        class_weights = self._pseudo_label(logits)
         return DefendedPrediction(self._masked_pass(clean, class_weights), undefended_logits, class_weights)
 
     def train(self, mode: bool = True) -> "DefendedClassifier":
         """Stay in eval mode: this is a test-time defense, and batch statistics would mix the images of a batch."""
         return super().train(False)
 
-    def _trunk_passes(
-        self, images: Tensor, noise: Tensor | None
-    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None]:
-        """What crosses the split: of the images [B, ...], and of their noisy copies [n * B, ...] unless sigma is 0."""
+    def _first_pass(self, values: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor]:
+        """What crosses the split for the clean images, and logits [B, C] averaged over the noisy copies."""
         if self.sigma == 0:
-            return self.split.cut(images), None
-        noise = self._standard_normal(images, noise)
-        noisy_images = (images + self.sigma * noise).flatten(0, 1)  # not clamped, as in the paper
-        # One trunk call serves both passes: cheaper than two, at small batches most of all.
-        values = self.split.cut(torch.cat([images, noisy_images]))
-        batch = len(images)
-        return tuple(v[:batch] for v in values), tuple(v[batch:] for v in values)
+            return values, self.split.tail(*values)
+        copies = [value.unflatten(0, (1 + self.num_noise_samples, -1)) for value in values]
+        noisy_logits = self.split.tail(*(copy[1:].flatten(0, 1) for copy in copies))
+        return tuple(copy[0] for copy in copies), noisy_logits.unflatten(0, (self.num_noise_samples, -1)).mean(dim=0)
 
     def _standard_normal(self, images: Tensor, noise: Tensor | None) -> Tensor:
         shape = (self.num_noise_samples, *images.shape)
@@ -123,11 +137,10 @@ class DefendedClassifier(nn.Module):
             raise ValueError(f"expected noise of shape {list(shape)} [noise samples, *images], got {list(noise.shape)}")
         return noise.to(images)
 
-    def _pseudo_label(self, logits: Tensor, batch: int) -> Tensor:
-        """Class weights [B, C] of first-pass logits [n * B, C]."""
-        mean_logits = logits.unflatten(0, (-1, batch)).mean(dim=0) if len(logits) != batch else logits
+    def _pseudo_label(self, logits: Tensor) -> Tensor:
+        """Class weights [B, C] of first-pass logits [B, C]."""
         # Softmax, not argmax: an adaptive attack needs this gradient.
-        return torch.softmax(mean_logits / self.temperature, dim=1)
+        return torch.softmax(logits / self.temperature, dim=1)
 
     def _masked_pass(self, clean: tuple[Tensor, ...], class_weights: Tensor) -> Tensor:
         activations, *bypass = clean

@@ -75,7 +75,7 @@ class EngineSplit(SplitClassifier):
         self.num_neurons, self.num_classes = split.num_neurons, split.num_classes
         self.has_bypass, self.tail_is_affine = split.has_bypass, split.tail_is_affine
         self.dtype, self.compiler = dtype, compiler
-        self._clock = StageClock(next(split.parameters(), torch.empty(0)).device)
+        self.clock = StageClock(next(split.parameters(), torch.empty(0)).device)
         self._trunk, self._tail = _folded(split._trunk), _folded(split._tail)
         with torch.no_grad():
             examples = () if images is None else split.cut(images)
@@ -92,17 +92,16 @@ class EngineSplit(SplitClassifier):
 
     def cut(self, images: Tensor) -> tuple[Tensor, ...]:
         """The activations and what bypasses the layer, as float32."""
-        with self._clock.stage("trunk"):
+        with self.clock.stage("trunk"):
             return self._run_trunk(images)
 
     def tail(self, activations: Tensor, *bypass: Tensor) -> Tensor:
         """Logits [B, C], as float32."""
-        with self._clock.stage("tail"):
-            return self._run_tail(activations, *bypass)[0]
+        return self._run_tail(activations, *bypass)[0]
 
     def stage_seconds(self) -> dict[str, float]:
         """What trunk and tail have taken since this was last asked; to be asked once the results are on the host."""
-        return self._clock.read()
+        return self.clock.read()
 
 
 def _folded(part: fx.GraphModule) -> fx.GraphModule:

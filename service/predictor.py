@@ -2,7 +2,7 @@
 
 import logging
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,12 +31,14 @@ from service.engine import (
     padded_size,
     resolve_device,
 )
+from service.glue import Epilogue, Prologue, traced
 
 logger = logging.getLogger(__name__)
 
 PROBE_IMAGES = 256
 
 Pixels = NDArray[np.uint8]
+Glue = Callable[..., Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +54,8 @@ class ServedDefense:
     version: str
     importance: NeuronImportance
     classifier: DefendedClassifier
+    prologue: Glue
+    epilogue: Glue
     engine: EngineSplit
     agreement: float | None
 
@@ -130,7 +134,20 @@ class Predictor:
         engine, share = self._engines[layer]
         # What is left to PyTorch beside OpenVINO is small: to share it out takes longer than to do it.
         torch.set_num_threads(1 if engine.compiler == "openvino" else self._threads)
-        return ServedDefense(version, importance, self._defend(engine, importance), engine, share)
+        classifier = self._defend(engine, importance)
+        return ServedDefense(version, importance, classifier, *self._glue(engine, classifier), engine, share)
+
+    @torch.inference_mode()
+    def _glue(
+        self, engine: EngineSplit, classifier: DefendedClassifier
+    ) -> tuple[Glue, Glue]:
+        prologue, epilogue = Prologue(classifier), Epilogue(classifier)
+        if engine.compiler != "openvino" or not engine.tail_is_affine:
+            return prologue, epilogue
+        pixels = np.zeros((2, *self.config.input.size, self.config.input.channels), np.uint8)
+        given = self._inputs(list(pixels))
+        values = engine.cut(prologue(*given))
+        return traced(prologue, *given), traced(epilogue, *values)
 
     def _engine_for(self, importance: NeuronImportance) -> tuple[EngineSplit, float | None]:
         """The fastest engine that leaves the predictions as they are, and the share of the same ones."""
@@ -157,30 +174,35 @@ class Predictor:
         Returns:
             [B, 3, C]: probabilities defended and undefended, and the pseudo-label's class weights.
         """
-        images = self.images_of(self._padded(pixels) if defense.compiler == "inductor" else pixels)
-        prediction = defense.classifier.predict(images, self._noise(images))
-        rows = [prediction.logits.softmax(1), prediction.undefended_logits.softmax(1), prediction.class_weights]
-        result: NDArray[np.float32] = torch.stack(rows, dim=1).float().cpu().numpy()
-        return result[: len(pixels)]
+        given = self._inputs(self._padded(pixels) if defense.compiler == "inductor" else pixels)
+        values = defense.engine.cut(defense.prologue(*given))
+        with defense.engine.clock.stage("tail"):
+            rows: NDArray[np.float32] = defense.epilogue(*values).cpu().numpy()
+        return rows[: len(pixels)]
 
-    def images_of(self, pixels: Sequence[Pixels]) -> Tensor:
-        """Images [B, channels, H, W] in [0, 1], on the device, of B arrays [H, W, channels]."""
+    def _inputs(self, pixels: Sequence[Pixels]) -> tuple[Tensor, ...]:
+        """What the prologue takes: pixels [B, H, W, channels], and noise where there is some."""
+        tensor = self.to_device(pixels)
+        batch, height, width, channels = tensor.shape
+        noise = self._noise((batch, channels, height, width))
+        return (tensor,) if noise is None else (tensor, noise)
+
+    def to_device(self, pixels: Sequence[Pixels]) -> Tensor:
+        """B arrays [H, W, channels] as one tensor on the device."""
         tensor = torch.from_numpy(np.stack(pixels))
-        if self.device.type == "cuda":
-            tensor = tensor.pin_memory().to(self.device, non_blocking=True)
-        return tensor.permute(0, 3, 1, 2).float().div_(255)
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
 
     def _padded(self, pixels: Sequence[Pixels]) -> list[Pixels]:
         """To a size that is compiled already: inductor compiles every size anew."""
         missing = padded_size(len(pixels), self._sizes) - len(pixels)
         return [*pixels, *[np.zeros_like(pixels[0])] * missing]
 
-    def _noise(self, images: Tensor) -> Tensor | None:
+    def _noise(self, shape: Sequence[int]) -> Tensor | None:
+        """Standard normal, for images of a shape."""
         defense = self.config.defense
         if defense.sigma == 0:
             return None
-        shape = (defense.num_noise_samples, *images.shape)
-        return torch.randn(shape, generator=self._generator, device=self.device)
+        return torch.randn((defense.num_noise_samples, *shape), generator=self._generator, device=self.device)
 
     def _defend(self, split: SplitClassifier, importance: NeuronImportance) -> DefendedClassifier:
         return DefendedClassifier(split, importance, **self.config.defense.arguments)
@@ -235,7 +257,7 @@ class Predictor:
             return None
         fast = self._defend(engine, importance)
         exact = self._defend(self._split_at(importance.layer), importance)
-        return agreement(fast, exact, self._probe, self._noise(self._probe), self._sizes[-1])
+        return agreement(fast, exact, self._probe, self._noise(self._probe.shape), self._sizes[-1])
 
 
 def _powers_of_two(largest: int) -> list[int]:

@@ -95,5 +95,5 @@ def test_a_lower_precision_that_nothing_can_check_is_not_chosen_automatically(ti
 def test_noise_is_drawn_anew_for_every_batch_and_every_predictor(tiny_model):
     one, other = Predictor(tiny_model), Predictor(tiny_model)
     images = torch.zeros(2, *one.config.input.shape)
-    draws = [one._noise(images), one._noise(images), other._noise(images)]
+    draws = [one._noise(images.shape), one._noise(images.shape), other._noise(images.shape)]
     assert not any(torch.equal(a, b) for a, b in zip(draws, draws[1:] + draws[:1], strict=True))
