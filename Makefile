@@ -10,7 +10,7 @@ PIP_FLAGS ?=
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS)
 
-.PHONY: serve test lint bench-rank clean help
+.PHONY: serve test lint bench bench-rank clean help
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
@@ -27,6 +27,15 @@ lint: $(VENV)/.installed-dev ## style, types, import contracts
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+bench: $(VENV)/.installed ## what the defense and the service cost, against peers (45 minutes; needs wrk)
+	@command -v wrk >/dev/null || { echo "the benchmarks need wrk; on Debian and Ubuntu: apt install wrk" >&2; exit 1; }
+	$(BIN)/python benchmarks/engine_speed.py
+	$(BIN)/python benchmarks/http_throughput.py
+	$(BIN)/python benchmarks/against_peers.py
+	$(BIN)/python benchmarks/overload.py
+	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/summary.py
 
 bench-rank: $(VENV)/.installed ## what LO-IR costs, against a plain pass and the literal loop
 	$(BIN)/python benchmarks/rank_cost.py

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from measure import plot_bars, write_results
-from peers.install import REQUIREMENTS, install
-from peers.launch import SYSTEMS, DidNotStart, serving
+from peers.install import install
+from peers.launch import DidNotStart, serving
 from peers.load import offered, saturate
+from peers.systems import SYSTEMS
 from server import igd_server
 
 from models import models, sample_files, settings_of
@@ -72,7 +73,7 @@ def _serving(system: str, model: Path) -> Iterator[str]:
 
 
 def _installed(system: str) -> bool:
-    if system not in REQUIREMENTS:  # ours, and the plain handler
+    if system == OURS:
         return True
     found = install(system)
     print(f"{system}: {found.problem or found.versions}", flush=True)

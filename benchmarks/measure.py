@@ -73,12 +73,17 @@ def _cpu_name() -> str:
     return names[0].partition(":")[2].strip() if names else platform.processor()
 
 
-def write_results(name: str, rows: list[dict[str, Any]]) -> None:
-    """Print a Markdown table and write it, with the JSON, to ``benchmarks/results``."""
+def table_of(rows: list[dict[str, Any]]) -> str:
+    """Rows of equal columns as a Markdown table."""
     columns = list(rows[0])
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(_cell(row[c]) for c in columns) + " |" for row in rows]
-    table = "\n".join(lines)
+    return "\n".join(lines)
+
+
+def write_results(name: str, rows: list[dict[str, Any]]) -> None:
+    """Print a Markdown table and write it, with the JSON, to ``benchmarks/results``."""
+    table = table_of(rows)
     print(table)
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(

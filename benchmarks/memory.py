@@ -11,8 +11,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from measure import plot_lines, write_results
+from peers.connection import request_bytes
 from peers.load import saturate
-from peers.open_loop import request_bytes
 from server import Server, igd_server
 
 from models import BUNDLED, sample_files

@@ -36,6 +36,7 @@ from service.glue import Epilogue, Prologue, traced
 logger = logging.getLogger(__name__)
 
 PROBE_IMAGES = 256
+DEFAULT_THREADS = torch.get_num_threads()  # torch's choice, one a physical core; a Predictor may change it
 
 Pixels = NDArray[np.uint8]
 Glue = Callable[..., Tensor]
@@ -95,7 +96,7 @@ class Predictor:
         threads: int | None = None,
         max_batch_size: int = 64,
     ) -> None:
-        self._threads = threads or torch.get_num_threads()
+        self._threads = threads or DEFAULT_THREADS
         torch.set_num_threads(self._threads)
         self.device = resolve_device(device)
         self.config = read_config(directory)
@@ -138,9 +139,7 @@ class Predictor:
         return ServedDefense(version, importance, classifier, *self._glue(engine, classifier), engine, share)
 
     @torch.inference_mode()
-    def _glue(
-        self, engine: EngineSplit, classifier: DefendedClassifier
-    ) -> tuple[Glue, Glue]:
+    def _glue(self, engine: EngineSplit, classifier: DefendedClassifier) -> tuple[Glue, Glue]:
         prologue, epilogue = Prologue(classifier), Epilogue(classifier)
         if engine.compiler != "openvino" or not engine.tail_is_affine:
             return prologue, epilogue
@@ -189,7 +188,9 @@ class Predictor:
 
     def to_device(self, pixels: Sequence[Pixels]) -> Tensor:
         """B arrays [H, W, channels] as one tensor on the device."""
-        tensor = torch.from_numpy(np.stack(pixels))
+        # Not numpy.stack, which lets go of Python's lock and then waits for it behind the event loop.
+        joined = np.frombuffer(bytearray().join(p.data for p in pixels), np.uint8)
+        tensor = torch.from_numpy(joined).reshape(len(pixels), *pixels[0].shape)
         return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
 
     def _padded(self, pixels: Sequence[Pixels]) -> list[Pixels]:

@@ -15,7 +15,7 @@ import uvicorn
 
 from service.runtime import Runtime
 
-SWITCH_INTERVAL_S = 0.0005
+SWITCH_INTERVAL_S = 0.0002
 
 logger = logging.getLogger(__name__)
 

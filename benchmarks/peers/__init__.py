@@ -1,0 +1,1 @@
+"""Other serving systems, serving the same defended function, to compare ours with."""
