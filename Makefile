@@ -32,9 +32,9 @@ bench: $(VENV)/.installed ## what the defense and the service cost, against peer
 	@command -v wrk >/dev/null || { echo "the benchmarks need wrk; on Debian and Ubuntu: apt install wrk" >&2; exit 1; }
 	$(BIN)/python benchmarks/engine_speed.py
 	$(BIN)/python benchmarks/http_throughput.py
-	$(BIN)/python benchmarks/against_peers.py
 	$(BIN)/python benchmarks/overload.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/against_peers.py
 	$(BIN)/python benchmarks/summary.py
 
 bench-rank: $(VENV)/.installed ## what LO-IR costs, against a plain pass and the literal loop

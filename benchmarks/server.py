@@ -47,6 +47,11 @@ class Server:
         return {name: float(value) for name, value in (li.rsplit(" ", 1) for li in lines if not li.startswith("#"))}
 
     @property
+    def pid(self) -> int:
+        """Of its process."""
+        return self._process.pid
+
+    @property
     def rss_mb(self) -> float:
         """Its resident memory."""
         status = Path(f"/proc/{self._process.pid}/status").read_text()

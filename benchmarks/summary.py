@@ -4,7 +4,6 @@ python benchmarks/summary.py
 """
 
 import json
-from collections.abc import Callable
 from typing import Any
 
 from measure import RESULTS, table_of
@@ -14,63 +13,58 @@ from models import models
 Rows = list[dict[str, Any]]
 
 
+AT_ONE, AT_MANY = ("batch", 1), ("batch", 64)
+
+# What is said of it, the target, the results that it is in, the row there, the column.
+MEASURES: list[tuple[str, str, str, tuple[str, Any], str]] = [
+    ("(a) defended / undefended, batch 1", "<= 1.6", "fast", AT_ONE, "defended / undefended"),
+    ("... batch 8", "", "fast", ("batch", 8), "defended / undefended"),
+    ("... batch 64", "<= 2.05", "fast", AT_MANY, "defended / undefended"),
+    ("... with sigma 0, batch 1", "<= 1.05", "fast", AT_ONE, "with sigma 0"),
+    ("... with sigma 0, batch 64", "<= 1.05", "fast", AT_MANY, "with sigma 0"),
+    ("(b) literal defense / engine, batch 1", ">= 8 with AMX", "fast", AT_ONE, "literal / engine"),
+    ("... batch 64", ">= 5 with AMX", "fast", AT_MANY, "literal / engine"),
+    ("... engine in float32, batch 1", ">= 1.3", "full", AT_ONE, "literal / engine"),
+    ("... engine in float32, batch 64", ">= 1.3", "full", AT_MANY, "literal / engine"),
+    *(
+        (f"(c) /classify / bare loop, {n} connections", target, "http", ("connections", n), "/classify / bare loop")
+        for n, target in ((32, "bundled >= 0.5"), (64, ""), (128, ""), (256, ">= 0.9; bundled >= 0.5"))
+    ),
+    *(
+        (f"(d) throughput / the best peer's, {n} connections", ">= 1.2", "lead", ("load", n), "throughput ratio")
+        for n in (1, 8, 32, 128)
+    ),
+    *(
+        (f"(d) the best peer's p99 / ours, {n} connections", ">= 1.2", "lead", ("load", n), "p99 ratio")
+        for n in (1, 8, 32, 128)
+    ),
+    *(
+        (f"(d) the best peer's p99 / ours, {load} of saturation", ">= 1.2", "lead", ("load", load), "p99 ratio")
+        for load in ("50%", "80%")
+    ),
+    *(
+        (f"(e) goodput / its peak at {load} x saturation", ">= 0.9", "overload", ("load", load), "goodput / peak")
+        for load in (1.1, 1.25, 1.5)
+    ),
+]
+
+
 def main() -> None:
     """Print it, and write it to ``benchmarks/results/summary.md``."""
-    speed, http, lead, overload = map(_read, ("engine_speed", "http_throughput", "against_peers_lead", "overload"))
-    fast = [row for row in speed if row["precision"] == speed[0]["precision"]]
-    full = [row for row in speed if row["precision"] == "float32 by openvino"]
-    lines = [
-        _line(
-            "(a) defended / undefended, batch 1", "<= 1.6", fast, lambda r: _at(r, "batch", 1, "defended / undefended")
-        ),
-        _line("... batch 8", "", fast, lambda r: _at(r, "batch", 8, "defended / undefended")),
-        _line("... batch 64", "<= 2.05", fast, lambda r: _at(r, "batch", 64, "defended / undefended")),
-        _line("... with sigma 0, batch 1", "<= 1.05", fast, lambda r: _at(r, "batch", 1, "with sigma 0")),
-        _line("... with sigma 0, batch 64", "<= 1.05", fast, lambda r: _at(r, "batch", 64, "with sigma 0")),
-        _line(
-            "(b) literal defense / engine, batch 1",
-            ">= 8 with AMX",
-            fast,
-            lambda r: _at(r, "batch", 1, "literal / engine"),
-        ),
-        _line("... batch 64", ">= 5 with AMX", fast, lambda r: _at(r, "batch", 64, "literal / engine")),
-        _line("... float32, batch 1", ">= 1.3", full, lambda r: _at(r, "batch", 1, "literal / engine")),
-        _line("... float32, batch 64", ">= 1.3", full, lambda r: _at(r, "batch", 64, "literal / engine")),
-        *(
-            _line(
-                f"(c) /classify / bare loop, {n} connections",
-                ">= 0.9; bundled >= 0.5",
-                http,
-                lambda r, n=n: _at(r, "connections", n, "/classify / bare loop"),
-            )
-            for n in (32, 64, 128, 256)
-        ),
-        *(
-            _line(
-                f"(d) throughput / best peer's, {n} connections",
-                ">= 1.2",
-                lead,
-                lambda r, n=n: _at(r, "load", n, "throughput ratio"),
-            )
-            for n in (1, 8, 32, 128)
-        ),
-        *(
-            _line(
-                f"(d) best peer's p99 / ours, {load}",
-                ">= 1.2",
-                lead,
-                lambda r, load=load: _at(r, "load", load, "p99 ratio"),
-            )
-            for load in (1, 8, 32, 128, "50%", "80%")
-        ),
-        _line("(e) goodput at 1.1 to 1.5 x saturation / peak, least", ">= 0.9", overload, _least_goodput),
-    ]
-    memory = _read("memory")
-    growth = f"{memory[-1]['resident MiB'] / memory[1]['resident MiB'] - 1:+.1%}"
-    lines.append(
-        {"what": "(f) memory after 100,000 requests and 1,000 abandoned ones", "target": "flat", "bundled": growth}
-    )
-    table = table_of([{"what": "", "target": "", **dict.fromkeys(_short_names(), "")} | line for line in lines])
+    speed = _read("engine_speed")
+    results = {
+        "fast": [row for row in speed if row["precision"] == speed[0]["precision"]],
+        "full": [row for row in speed if row["precision"] == "float32 by openvino"],
+        "http": _read("http_throughput"),
+        "lead": _read("against_peers_lead"),
+        "overload": _read("overload"),
+    }
+    lines = [_line(what, target, results[name], *where) for what, target, name, *where in MEASURES]
+    memory = {row["when"]: row["resident MiB"] for row in _read("memory")}
+    growth = f"{memory['some more'] / memory['a tenth of them'] - 1:+.1%}"
+    what = "(f) memory from 10,000 requests to 100,000 and 1,000 abandoned"
+    lines.append({"what": what, "target": "flat", "ResNet-18": "", "bundled": growth})
+    table = table_of(lines)
     (RESULTS / "summary.md").write_text(table + "\n")
     print(table)
 
@@ -80,24 +74,11 @@ def _read(name: str) -> Rows:
     return rows
 
 
-def _short_names() -> dict[str, str]:
-    """Column -> model."""
-    return dict(zip(("ResNet-18", "bundled"), models(), strict=True))
-
-
-def _line(what: str, target: str, rows: Rows, value: Callable[[Rows], float]) -> dict[str, Any]:
-    columns = {
-        short: f"{value([row for row in rows if row['model'] == name]):.2f}" for short, name in _short_names().items()
-    }
+def _line(what: str, target: str, rows: Rows, where: tuple[str, Any], column: str) -> dict[str, Any]:
+    key, value = where
+    found = {row["model"]: row[column] for row in rows if row[key] == value}
+    columns = {short: f"{found[name]:.2f}" for short, name in zip(("ResNet-18", "bundled"), models(), strict=True)}
     return {"what": what, "target": target, **columns}
-
-
-def _at(rows: Rows, key: str, value: object, column: str) -> float:
-    return float(next(row[column] for row in rows if row[key] == value))
-
-
-def _least_goodput(rows: Rows) -> float:
-    return min(row["goodput / peak"] for row in rows if row["load"] > 1)
 
 
 if __name__ == "__main__":

@@ -101,9 +101,8 @@ class Batcher(Generic[Group, Item, Result]):
             await asyncio.sleep(0.01)
         self._end(NotReady("the server is shutting down; send the request again"))
 
-    @contextmanager
-    def admit(self, count: int) -> Iterator[None]:
-        """Hold places for ``count`` items; to be taken before any work is spent on them.
+    def check_room(self, count: int = 1) -> None:
+        """Refuse what would not be admitted now.
 
         Raises:
             QueueFull: with the seconds after which there should be room, from the current rate.
@@ -119,6 +118,15 @@ class Batcher(Generic[Group, Item, Result]):
                 f"try again in {retry_after_s} s",
                 retry_after_s,
             )
+
+    @contextmanager
+    def admit(self, count: int) -> Iterator[None]:
+        """Hold places for ``count`` items; to be taken before any work is spent on them.
+
+        Raises:
+            QueueFull, NotReady: see ``check_room``.
+        """
+        self.check_room(count)
         self.in_flight += count
         try:
             yield

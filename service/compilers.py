@@ -23,6 +23,7 @@ Part = Callable[..., Values]
 
 _OPENVINO_TYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 _OPENVINO_CAPABILITIES = {torch.float32: "FP32", torch.bfloat16: "BF16", torch.float16: "FP16"}
+CPU_ROWS = 64  # beyond, eager PyTorch's convolutions get slower by the image: 128 took as long as 170
 _SHAPES = 32  # that torch.compile may specialize on before it gives up: powers of two of trunk and tail
 
 
@@ -67,6 +68,9 @@ def compiled(
         lowered = _inductor(lowered)
 
     def run(*values: Tensor) -> Values:
+        if compiler == "none" and len(values[0]) > CPU_ROWS and values[0].device.type == "cpu":
+            parts = [run(*rows) for rows in zip(*(value.split(CPU_ROWS) for value in values), strict=True)]
+            return tuple(torch.cat(column) for column in zip(*parts, strict=True))
         outputs = lowered(*(_channels_last(value.to(dtype)) for value in values))
         return tuple(value.float() for value in _as_tuple(outputs))
 

@@ -140,13 +140,17 @@ class Predictor:
 
     @torch.inference_mode()
     def _glue(self, engine: EngineSplit, classifier: DefendedClassifier) -> tuple[Glue, Glue]:
-        prologue, epilogue = Prologue(classifier), Epilogue(classifier)
+        prologue: Glue = Prologue(classifier)
+        epilogue: Glue = Epilogue(classifier)
         if engine.compiler != "openvino" or not engine.tail_is_affine:
             return prologue, epilogue
         pixels = np.zeros((2, *self.config.input.size, self.config.input.channels), np.uint8)
         given = self._inputs(list(pixels))
         values = engine.cut(prologue(*given))
-        return traced(prologue, *given), traced(epilogue, *values)
+        prologue, epilogue = traced(prologue, *given), traced(epilogue, *values)
+        for _ in range(3):  # it is optimized when it has been run a few times
+            epilogue(*engine.cut(prologue(*given)))
+        return prologue, epilogue
 
     def _engine_for(self, importance: NeuronImportance) -> tuple[EngineSplit, float | None]:
         """The fastest engine that leaves the predictions as they are, and the share of the same ones."""

@@ -46,6 +46,7 @@ async def classify(request: Request) -> Response:
     check_api_key(request.headers.get("authorization"), settings.api_keys)
     top = read_top(request.query_params.get("top")) if request.scope["query_string"] else DEFAULT_TOP
     defense = runtime.defense
+    runtime.batcher.check_room()  # before anything is read: under overload, most of the work would be refusing
     remaining_s = settings.deadline_s - (time.perf_counter() - request.state.arrived_at)
     try:
         async with asyncio.timeout(remaining_s):

@@ -73,6 +73,16 @@ def test_a_precision_that_the_processor_lacks_is_refused(monkeypatch):
         engine_of("conv1", torch.float16)
 
 
+def test_large_batches_in_parts_give_the_same_values(monkeypatch):
+    monkeypatch.setattr(compilers, "CPU_ROWS", 3)
+    split, engine = engine_of("hidden", compiler="none")
+    images = torch.rand(7, 3, 8, 8)
+    values = engine.cut(images)
+    for value, expected in zip(values, split.cut(images), strict=True):
+        torch.testing.assert_close(value, expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(engine.tail(*values), split(images), atol=1e-5, rtol=1e-4)
+
+
 def test_inductor_gives_the_same_values():
     split, engine = engine_of("hidden", compiler="inductor")
     images = torch.rand(2, 3, 8, 8)
