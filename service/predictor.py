@@ -140,14 +140,13 @@ class Predictor:
 
     @torch.inference_mode()
     def _glue(self, engine: EngineSplit, classifier: DefendedClassifier) -> tuple[Glue, Glue]:
-        prologue: Glue = Prologue(classifier)
-        epilogue: Glue = Epilogue(classifier)
+        before, after = Prologue(classifier), Epilogue(classifier)
         if engine.compiler != "openvino" or not engine.tail_is_affine:
-            return prologue, epilogue
+            return before, after
         pixels = np.zeros((2, *self.config.input.size, self.config.input.channels), np.uint8)
         given = self._inputs(list(pixels))
-        values = engine.cut(prologue(*given))
-        prologue, epilogue = traced(prologue, *given), traced(epilogue, *values)
+        values = engine.cut(before(*given))
+        prologue, epilogue = traced(before, *given), traced(after, *values)
         for _ in range(3):  # it is optimized when it has been run a few times
             epilogue(*engine.cut(prologue(*given)))
         return prologue, epilogue
