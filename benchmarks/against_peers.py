@@ -166,8 +166,8 @@ def _plot(rows: list[dict[str, Any]]) -> None:
         bars = defaultdict(list)
         for row in chosen:
             bars[row["system"]].append(row["requests/s"])
-        labels = [f"{connections} connections\n{model}" for connections in CONNECTIONS]
-        plot_bars(f"against_peers_{i}", labels, dict(bars), "requests/s at saturation")
+        labels = [f"{connections} connections" for connections in CONNECTIONS]
+        plot_bars(f"against_peers_{i}", labels, dict(bars), "requests/s at saturation", model)
 
 
 if __name__ == "__main__":

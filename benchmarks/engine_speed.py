@@ -156,14 +156,18 @@ class LiteralDefense:
 
 
 def _plot(rows: list[dict[str, Any]]) -> None:
-    labels = [f"{row['model'].split(',')[0].split(' ')[0]}\n{row['precision']}\nbatch {row['batch']}" for row in rows]
-    columns = {
-        "defended / undefended": "defended / undefended",
-        "sigma 0": "with sigma 0",
-        "literal": "literal / engine",
-    }
-    bars = {label: [row[column] for row in rows] for label, column in columns.items()}
+    labels = [f"{_first_word(row['model'])}\n{_two_lines(row['precision'])}\nbatch {row['batch']}" for row in rows]
+    columns = ("defended / undefended", "with sigma 0", "literal / engine")
+    bars = {column: [row[column] for row in rows] for column in columns}
     plot_bars("engine_speed", labels, bars, "ratio of latencies")
+
+
+def _first_word(text: str) -> str:
+    return text.split()[0].strip(",")
+
+
+def _two_lines(precision: str) -> str:
+    return precision.replace(" by ", "\n")
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def write_results(name: str, rows: list[dict[str, Any]]) -> None:
     (RESULTS / f"{name}.md").write_text(table + "\n")
 
 
-def plot_bars(name: str, labels: Sequence[str], bars: dict[str, Sequence[float]], ylabel: str) -> None:
+def plot_bars(name: str, labels: Sequence[str], bars: dict[str, Sequence[float]], ylabel: str, title: str = "") -> None:
     """Grouped bars, one group a label, as ``benchmarks/results/{name}.png``."""
     figure, axes = plt.subplots(figsize=(max(6, 0.9 * len(labels)), 4.5), layout="constrained")
     width = 0.8 / len(bars)
@@ -101,7 +101,7 @@ def plot_bars(name: str, labels: Sequence[str], bars: dict[str, Sequence[float]]
         drawn = axes.bar(places, values, width, label=series)
         axes.bar_label(drawn, fmt="%.3g", fontsize=6, rotation=90, padding=2)
     axes.set_xticks([group + 0.4 - width / 2 for group in range(len(labels))], labels, fontsize=7)
-    axes.set_ylabel(ylabel)
+    axes.set(ylabel=ylabel, title=title)
     axes.margins(y=0.15)
     axes.legend(fontsize=8)
     save_plot(name, figure)
@@ -123,10 +123,13 @@ def plot_lines(
     axes.set(xlabel=xlabel, ylabel=ylabel)
     if log_x:
         axes.set_xscale("log", base=2)
+        axes.set_xticks(
+            ticks := sorted({x for points in series.values() for x, _ in points}), [f"{x:g}" for x in ticks]
+        )
     if log_y:
         axes.set_yscale("log")
     else:
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.15 * max(y for points in series.values() for _, y in points))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     save_plot(name, figure)

@@ -3,7 +3,8 @@
     python benchmarks/overload.py [--seconds 8]
 
 Saturation is what wrk gets over 128 connections. Then requests come at Poisson times, answered or not; latency counts
-from when a request was due. Goodput is answers with a prediction; the rest was refused with 429, or is an error.
+from when a request was due. Goodput counts predictions that came while the load lasted; the rest was refused with 429,
+came after it, or is an error.
 """
 
 import argparse
@@ -45,14 +46,14 @@ def _measure(name: str, model: Path, seconds: float) -> list[dict[str, Any]]:
         for load in LOADS:
             runs.append((load, offered(server.url, load * capacity, seconds, bodies=files, connections=2048)))
             print(name, load, runs[-1][1], flush=True)
-    peak = max(run.ok for _, run in runs) / seconds
+    peak = max(run.ok_in_time for _, run in runs) / seconds
     return [
         {
             "model": name,
             "load": load,
             "offered /s": run.offered / seconds,
-            "goodput /s": run.ok / seconds,
-            "goodput / peak": run.ok / seconds / peak,
+            "goodput /s": run.ok_in_time / seconds,
+            "goodput / peak": run.ok_in_time / seconds / peak,
             "refused (429)": run.rejected,
             "errors": run.errors,
             "p50 ms": run.p50_ms,

@@ -24,12 +24,24 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+@dataclass(slots=True)
+class _Request:
+    """What the items of a submission share."""
+
+    failed: bool = False  # then nobody reads the results of the others
+
+
 @dataclass(eq=False, slots=True)
 class _Waiting(Generic[Group, Item, Result]):
     group: Group
     item: Item
     answer: "asyncio.Future[Result]"
     since: float  # on the loop's clock
+    request: _Request
+
+    @property
+    def wanted(self) -> bool:
+        return not (self.answer.done() or self.request.failed)
 
 
 class Batcher(Generic[Group, Item, Result]):
@@ -138,7 +150,8 @@ class Batcher(Generic[Group, Item, Result]):
         if self._loop is None or not self.alive:
             raise NotReady("the batch dispatcher is not running; restart the server")
         loop, now = self._loop, self._loop.time()
-        waiting = [_Waiting[Group, Item, Result](group, item, loop.create_future(), now) for item in items]
+        request = _Request()
+        waiting = [_Waiting[Group, Item, Result](group, item, loop.create_future(), now, request) for item in items]
         self._queue.extend(waiting)
         self._begin_if_due(loop)
         try:
@@ -235,7 +248,7 @@ class Batcher(Generic[Group, Item, Result]):
         batch: list[_Waiting[Group, Item, Result]] = []
         self._taken.append(batch)
         while self._queue and len(batch) < self.max_batch_size:
-            if self._queue[0].answer.done():  # its caller left
+            if not self._queue[0].wanted:
                 self._queue.popleft()
             elif batch and self._queue[0].group != batch[0].group:
                 break
@@ -251,9 +264,10 @@ class Batcher(Generic[Group, Item, Result]):
             return self._results(batch)
         except Exception as error:
             if len(batch) == 1:
+                batch[0].request.failed = True
                 return [error]
             logger.exception("a batch of %d failed; trying its images one by one", len(batch))
-            return [self._outcomes([w])[0] if not w.answer.done() else error for w in batch]
+            return [self._outcomes([w])[0] if w.wanted else error for w in batch]
 
     def _results(self, batch: list[_Waiting[Group, Item, Result]]) -> Sequence[Result]:
         try:

@@ -32,7 +32,8 @@ class Offered:
     """What the open loop saw. Latencies are of ``ok`` answers, from when their request was due.
 
     Attributes:
-        offered: requests that were due. ok: answered 2xx. rejected: answered 429 or 503.
+        offered: requests that were due. rejected: answered 429 or 503.
+        ok: answered 2xx. ok_in_time: those answered before the load ended.
         errors: other answers, and none within the time allowed.
         late_p99_ms: how late requests were sent; where that is much, the client could not
             keep up, or all connections were taken.
@@ -40,6 +41,7 @@ class Offered:
 
     offered: int
     ok: int
+    ok_in_time: int
     rejected: int
     errors: int
     p50_ms: float

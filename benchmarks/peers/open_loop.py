@@ -118,10 +118,13 @@ def run(
         while time.perf_counter() < started_s + at_s:
             loop.listen(started_s + at_s)
         loop.send(started_s + at_s)
+    while time.perf_counter() < started_s + seconds:
+        loop.listen(started_s + seconds)
+    ok_in_time = len(loop.latencies_s)
     give_up_s = started_s + seconds + timeout_s
     while loop.unanswered and time.perf_counter() < give_up_s:
         loop.listen(give_up_s)
-    return report(loop, len(times))
+    return report(loop, len(times)) | {"ok_in_time": ok_in_time}
 
 
 def report(loop: OpenLoop, due: int) -> dict[str, Any]:
