@@ -111,7 +111,7 @@ def test_jobs_are_shown_by_state_with_the_progress_of_the_one_that_runs(registry
     metrics = JobMetrics(registry)
     assert isnan(registry.get_sample_value("igd_job_progress_ratio"))
     running = job("a", JobState.RUNNING, progress=JobProgress(done=25, total=100, rate=5, eta_s=15))
-    metrics.show(["a", "b"], [running, job("b", JobState.QUEUED, created=NOW - timedelta(minutes=5))])
+    metrics.show(["a", "b"], [running, job("b", JobState.QUEUED, created=datetime.now(UTC) - timedelta(minutes=5))])
 
     assert registry.get_sample_value("igd_jobs", {"state": "running"}) == 1
     assert registry.get_sample_value("igd_jobs", {"state": "failed"}) == 0
@@ -178,7 +178,9 @@ def test_a_probe_that_is_told_not_ready_is_no_rejection():
 
 def test_one_version_and_one_model_are_named():
     metrics = Metrics()
-    importance = NeuronImportance(np_scores(), method="lo-ir", layer="layer4", created_at=NOW - timedelta(hours=1))
+    importance = NeuronImportance(
+        np_scores(), method="lo-ir", layer="layer4", created_at=datetime.now(UTC) - timedelta(hours=1)
+    )
     for version in ("v1", "v2", "v2"):
         metrics.show_importance(version, importance, 4)
         metrics.show_model(model="tiny", digest=version, device="cpu", dtype="float32", compiler="none")
