@@ -7,6 +7,7 @@ handed over by the event loop, the device would stand still whenever the loop ha
 
 import asyncio
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import CancelledError, Executor, Future
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Generic, TypeVar
 
-from service.errors import NotReady, QueueFull
+from service.errors import Draining, NotReady, QueueFull
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +29,7 @@ Result = TypeVar("Result")
 class _Request:
     """What the items of a submission share."""
 
+    queued_s: float  # on perf_counter's: uvloop's clock counts milliseconds, and stands still while the loop is busy
     failed: bool = False  # then nobody reads the results of the others
 
 
@@ -55,6 +57,7 @@ class Batcher(Generic[Group, Item, Result]):
         max_wait_s: how long the oldest item may wait for a batch to fill although the device is free. It pays only
             where a batch costs much the same whatever its size.
         on_death: called if the dispatcher dies of a bug; by then nobody is left waiting.
+        on_taken: called on the device thread with the seconds that each item of a batch has waited for it.
     """
 
     def __init__(
@@ -66,8 +69,9 @@ class Batcher(Generic[Group, Item, Result]):
         max_queue: int,
         max_wait_s: float = 0.0,
         on_death: Callable[[BaseException], None] = lambda error: None,
+        on_taken: Callable[[list[float]], None] = lambda waits_s: None,
     ) -> None:
-        self._run_batch, self._device, self._on_death = run_batch, device, on_death
+        self._run_batch, self._device, self._on_death, self._on_taken = run_batch, device, on_death, on_taken
         self.max_batch_size, self.max_queue, self.max_wait_s = max_batch_size, max_queue, max_wait_s
         self._queue: deque[_Waiting[Group, Item, Result]] = deque()
         self._taken: deque[list[_Waiting[Group, Item, Result]]] = deque()  # batches not settled yet, oldest first
@@ -111,7 +115,7 @@ class Batcher(Generic[Group, Item, Result]):
         give_up = loop.time() + timeout_s
         while self.in_flight and self.alive and loop.time() < give_up:  # noqa: ASYNC110 - once in a life
             await asyncio.sleep(0.01)
-        self._end(NotReady("the server is shutting down; send the request again"))
+        self._end(Draining("the server is shutting down; send the request again"))
 
     def check_room(self, count: int = 1) -> None:
         """Refuse what would not be admitted now.
@@ -121,7 +125,7 @@ class Batcher(Generic[Group, Item, Result]):
             NotReady: draining, or the dispatcher is dead.
         """
         if not self.accepting:
-            raise NotReady("the server is shutting down; send the request to another replica, or again in a moment")
+            raise Draining("the server is shutting down; send the request to another replica, or again in a moment")
         # A request larger than the whole queue is let in when it is alone: refusing it would be for ever.
         if self.in_flight and self.in_flight + count > self.max_queue:
             retry_after_s = min(30, max(1, ceil(self.in_flight * self._s_per_item)))
@@ -150,7 +154,7 @@ class Batcher(Generic[Group, Item, Result]):
         if self._loop is None or not self.alive:
             raise NotReady("the batch dispatcher is not running; restart the server")
         loop, now = self._loop, self._loop.time()
-        request = _Request()
+        request = _Request(time.perf_counter())
         waiting = [_Waiting[Group, Item, Result](group, item, loop.create_future(), now, request) for item in items]
         self._queue.extend(waiting)
         self._begin_if_due(loop)
@@ -240,7 +244,8 @@ class Batcher(Generic[Group, Item, Result]):
 
     def _turn(self) -> Sequence[Result | Exception]:
         """Take a batch and run it."""
-        batch = self._take()
+        batch, now_s = self._take(), time.perf_counter()
+        self._on_taken([now_s - w.request.queued_s for w in batch])
         return self._outcomes(batch)
 
     def _take(self) -> list[_Waiting[Group, Item, Result]]:

@@ -12,7 +12,9 @@
     ├── UnsupportedMediaType 415  a body this endpoint does not read
     ├── Unprocessable        422  well-formed, but not something that can be classified
     ├── QueueFull            429  try again after Retry-After seconds
-    ├── NotReady             503  no importance yet, or draining
+    │   └── BodiesFull       429  ... of memory for bodies
+    ├── NotReady             503  no importance yet, or no store
+    │   └── Draining         503  shutting down
     └── DeadlineExceeded     504  the request took longer than deadline_s
 
 Every detail is a sentence that says what to do.
@@ -25,9 +27,14 @@ from starlette.responses import JSONResponse
 
 
 class ServiceError(Exception):
-    """Base: a status code and a sentence."""
+    """Base: a status code and a sentence.
+
+    Attributes:
+        reason: of a rejection, for ``igd_rejected_total``; None where the client is at fault.
+    """
 
     status = 500
+    reason: str | None = None
 
     def __init__(self, detail: str, headers: dict[str, str] | None = None) -> None:
         super().__init__(detail)
@@ -89,24 +96,39 @@ class QueueFull(ServiceError):
     """More images wait than the queue holds."""
 
     status = 429
+    reason = "queue_full"
 
     def __init__(self, detail: str, retry_after_s: int) -> None:
         super().__init__(detail, {"Retry-After": str(retry_after_s)})
 
 
+class BodiesFull(QueueFull):
+    """The bodies under way hold all the memory that they may."""
+
+    reason = "bodies_full"
+
+
 class NotReady(ServiceError):
-    """No importance yet, draining, or the store is away."""
+    """No importance yet, the dispatcher is dead, or the store is away."""
 
     status = 503
+    reason = "not_ready"
 
     def __init__(self, detail: str, retry_after_s: int = 1) -> None:
         super().__init__(detail, {"Retry-After": str(retry_after_s)})
+
+
+class Draining(NotReady):
+    """Shutting down."""
+
+    reason = "draining"
 
 
 class DeadlineExceeded(ServiceError):
     """The request took longer than its deadline."""
 
     status = 504
+    reason = "deadline"
 
 
 class ProblemResponse(JSONResponse):

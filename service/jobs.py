@@ -93,14 +93,25 @@ class RankingJobs:
         Raises:
             NotFound: no such job, or it ended more than a week ago.
         """
-        jobs = self._read([job_id])
+        jobs = self.read([job_id])
         if not jobs:
             raise NotFound(f"no ranking job '{job_id}'; GET /rank-neurons lists them, those that ended for a week")
         return jobs[0]
 
     def all(self) -> list[RankingJob]:
         """The jobs, newest first."""
-        return self._read(self._ids())
+        return self.read(self.ids())
+
+    def ids(self) -> list[str]:
+        """Of the jobs, newest first."""
+        with translated_errors(self._server):
+            ids = cast(Iterable[bytes], self._client.zrevrange(self.keys.jobs, 0, KEEP_JOBS - 1))
+        return [job_id.decode() for job_id in ids]
+
+    def read(self, ids: list[str]) -> list[RankingJob]:
+        """The jobs of these ids, without those that are gone."""
+        with translated_errors(self._server):
+            return [self._describe(*row) for row in self._rows(ids)]
 
     def cancel(self, job_id: str) -> RankingJob:
         """Take a job from the queue, or stop it.
@@ -121,7 +132,7 @@ class RankingJobs:
     def interrupted(self) -> set[str]:
         """Ids of the jobs whose process died; or seems to have, until it can report again after Redis was away."""
         with translated_errors(self._server):
-            rows = list(self._rows(self._ids()))
+            rows = list(self._rows(self.ids()))
         return {job.id for job, _, alive, cancelled in rows if _state(job, alive, cancelled) is JobState.INTERRUPTED}
 
     def keep_alive(self, job_id: str, process: int) -> None:
@@ -151,9 +162,9 @@ class RankingJobs:
             first = json.loads(cast(bytes, value))
             if first["fingerprint"] != fingerprint:
                 raise Unprocessable(f"Idempotency-Key '{idempotency_key}' came with another request; use a new key")
-            return next(iter(self._read([first["id"]])), None)
+            return next(iter(self.read([first["id"]])), None)
         in_flight = cast(bytes | None, self._client.get(self.keys.in_flight(fingerprint)))
-        jobs = self._read([in_flight.decode()]) if in_flight else []
+        jobs = self.read([in_flight.decode()]) if in_flight else []
         return jobs[0] if jobs and jobs[0].state in UNFINISHED else None
 
     def _enqueue(
@@ -189,15 +200,6 @@ class RankingJobs:
         pipeline.zremrangebyrank(self.keys.jobs, 0, -KEEP_JOBS - 1)
         pipeline.execute()
         return self._describe(job)
-
-    def _ids(self) -> list[str]:
-        with translated_errors(self._server):
-            ids = cast(Iterable[bytes], self._client.zrevrange(self.keys.jobs, 0, KEEP_JOBS - 1))
-        return [job_id.decode() for job_id in ids]
-
-    def _read(self, ids: list[str]) -> list[RankingJob]:
-        with translated_errors(self._server):
-            return [self._describe(*row) for row in self._rows(ids)]
 
     def _rows(self, ids: list[str]) -> Iterator[_Row]:
         """Each job with its keys' values: the report, the process that is alive, when it was cancelled."""

@@ -21,7 +21,7 @@ from importance_store import (
     VersionNotFound,
     WrongModel,
 )
-from service.errors import ProblemResponse, QueueFull, ServiceError, TooLarge
+from service.errors import BodiesFull, ProblemResponse, ServiceError, TooLarge
 from service.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ class RequestContext:
         headers = dict(scope["headers"])
         request_id = _request_id(headers.get(b"x-request-id"))
         scope.setdefault("state", {}).update(request_id=request_id, arrived_at=started)
-        status, body = 0, _Body(self.limit, receive)
+        status, reason, body = 0, None, _Body(self.limit, receive)
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
@@ -72,6 +72,7 @@ class RequestContext:
         except ClientDisconnect:
             pass  # nobody is there to be answered
         except Exception as error:
+            reason = _reason_of(error)
             if not isinstance(error, ServiceError | StoreError | DefenseError | HTTPException):
                 logger.exception("request %s failed", request_id)
             if status:  # the answer has begun, there is no other to give
@@ -80,7 +81,7 @@ class RequestContext:
         finally:
             self.limit.held_bytes -= body.received
             endpoint = scope["path"].strip("/").partition("/")[0]
-            self.metrics.observe_request(endpoint, status or 499, time.perf_counter() - started)
+            self.metrics.observe_request(endpoint, status or 499, time.perf_counter() - started, reason)
 
 
 class BodyLimit:
@@ -108,13 +109,13 @@ class BodyLimit:
         """Count ``size`` bytes more of a body of which ``received`` have come.
 
         Raises:
-            TooLarge, QueueFull: of this body, of all of them.
+            TooLarge, BodiesFull: of this body, of all of them.
         """
         self.held_bytes += size
         if received > self.max_body_bytes:
             raise body_too_large(self.max_body_bytes)
         if self.held_bytes > self.max_total_bytes:
-            raise QueueFull(
+            raise BodiesFull(
                 "the bodies of the requests under way fill the memory set aside for them; try again in 1 s", 1
             )
 
@@ -145,6 +146,14 @@ def problem_of(error: Exception, request_id: str) -> ProblemResponse:
             return ProblemResponse(status, str(error), headers, request_id=request_id)
     detail = f"an unexpected error; the server's log has it under request {request_id}"
     return ProblemResponse(500, detail, request_id=request_id)
+
+
+def _reason_of(error: Exception) -> str | None:
+    """Why a request was rejected that was not at fault itself."""
+    if isinstance(error, ServiceError):
+        return error.reason
+    refused = isinstance(error, StoreError) and problem_of(error, "").status_code == 503
+    return "store" if refused else None
 
 
 def body_too_large(max_body_bytes: int) -> TooLarge:

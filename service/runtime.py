@@ -24,12 +24,13 @@ from importance_store import (
 )
 from service.batching import Batcher
 from service.decoding import Decoder
-from service.errors import NotReady
+from service.errors import Draining, NotReady
 from service.jobs import RankingJobs
 from service.metrics import Metrics
 from service.predictor import Pixels, Predictor, ServedDefense
 from service.schemas import RankRequest
 from service.settings import Settings
+from service.store_monitor import StoreMonitor
 from service.stores import store_of
 from service.worker import WorkerSupervisor
 
@@ -51,6 +52,7 @@ class Runtime:
         self._device = ThreadPoolExecutor(1, "device")
         self._store: ConnectedStore | None = None
         self._watcher: ChangeWatcher | None = None
+        self._monitor: StoreMonitor | None = None
         self._supervisor: WorkerSupervisor | None = None
         self._jobs: RankingJobs | None = None
         self._opening: asyncio.Task[None] | None = None
@@ -112,7 +114,7 @@ class Runtime:
             NotReady: shutting down, or there is no importance: nothing is served undefended in silence.
         """
         if self.draining:
-            raise NotReady("the server is shutting down; send the request to another replica, or again in a moment")
+            raise Draining("the server is shutting down; send the request to another replica, or again in a moment")
         if self.served is None:
             raise NotReady(f"not ready to serve defended predictions: {self.problem}")
         return self.served
@@ -146,10 +148,11 @@ class Runtime:
             max_queue=settings.max_queue,
             max_wait_s=settings.max_wait_ms / 1000,
             on_death=self._die,
+            on_taken=self.metrics.observe_waits,
         )
         self.batcher.start()
-        self.metrics.queue_depth.set_function(lambda: self.batcher.depth)
-        self.metrics.in_flight.set_function(lambda: self.batcher.in_flight)
+        self.metrics.watch_queue(lambda: self.batcher.depth, lambda: self.batcher.in_flight)
+        self.metrics.watch_model(self.predictor.config.labels, self.predictor.device)
         try:
             await asyncio.to_thread(self._open_store)
         except StoreUnavailable as error:
@@ -165,6 +168,7 @@ class Runtime:
         await asyncio.to_thread(self._close_store)
         self._decoder.shutdown()
         self._device.shutdown(wait=False, cancel_futures=True)
+        self.metrics.thread.shutdown(wait=False)
 
     async def classify(self, defense: ServedDefense, images: list[bytes] | Pixels) -> list[Rows]:
         """[3, C] of each image: probabilities defended, undefended, and class weights.
@@ -176,18 +180,21 @@ class Runtime:
             QueueFull, BadImage, TooLarge, Unprocessable: see ``service.errors``.
         """
         with self.batcher.admit(len(images)):
-            pixels = await self._decoder.decode(images) if isinstance(images, list) else list(images)
+            if isinstance(images, list):
+                with self.metrics.stage("decode"):
+                    pixels = await self._decoder.decode(images)
+            else:
+                pixels = list(images)
             return await self.batcher.submit(defense, pixels)
 
     def _run_batch(self, defense: ServedDefense, pixels: list[Pixels]) -> Sequence[Rows]:
-        self.metrics.batch_size.observe(len(pixels))
-        rows = list(self.predictor.predict(defense, pixels))
-        for stage, seconds in defense.engine.stage_seconds().items():
-            self.metrics.stage_seconds[stage].observe(seconds)
-        return rows
+        rows = self.predictor.predict(defense, pixels)
+        self.metrics.observe_batch(rows, defense.engine.stage_seconds())
+        return list(rows)
 
     def _open_store(self) -> None:
-        store = store_of(self.settings)
+        with self.metrics.store.timed("open"):
+            store = store_of(self.settings)
         try:
             self._publish_bundled_importance(store)
             self._activate(store, store.active_version())
@@ -199,6 +206,8 @@ class Runtime:
         self._watcher = store.watch(on_change=partial(self._activate, store), on_store_up=self._store_is_up)
         self._watcher.start()
         self._jobs = RankingJobs(store.new_client(), store.model)
+        self._monitor = StoreMonitor(store, self._jobs, self.metrics.store, self.metrics.jobs)
+        self._monitor.start()
         if self.settings.worker and self._supervisor is None:
             self._supervisor = WorkerSupervisor(self.settings.environment())
             self._supervisor.start()
@@ -216,6 +225,8 @@ class Runtime:
     def _close_store(self) -> None:
         if self._supervisor:
             self._supervisor.stop()
+        if self._monitor:
+            self._monitor.stop()
         if self._watcher:
             self._watcher.stop()
         if self._store:
@@ -243,7 +254,8 @@ class Runtime:
             self.problem = None
             return
         try:
-            loaded = store.load(version, model_digest=self.predictor.model_digest)
+            with self.metrics.store.timed("load"):
+                loaded = store.load(version, model_digest=self.predictor.model_digest)
             served = self._device.submit(self.predictor.prepare, loaded.version, loaded.importance).result()
         except StoreUnavailable:
             raise  # the watcher tries again
@@ -255,13 +267,24 @@ class Runtime:
             logger.error("version %s is not served: %s%s", version, error, command)
             return
         self.served, self.problem = served, None
-        self.metrics.show_importance(served.version, served.importance, self.predictor.config.defense.top_k)
-        self.metrics.agreement.set(nan if served.agreement is None else served.agreement)
+        self._show_served(served)
         logger.info("serving importance %s (%s at %s)", version, served.importance.method, served.importance.layer)
+
+    def _show_served(self, served: ServedDefense) -> None:
+        predictor, metrics = self.predictor, self.metrics
+        metrics.show_model(
+            model=predictor.config.name,
+            digest=predictor.model_digest,
+            device=str(predictor.device),
+            dtype=str(served.dtype).removeprefix("torch."),
+            compiler=served.compiler,
+        )
+        metrics.show_importance(served.version, served.importance, predictor.config.defense.top_k)
+        metrics.agreement.set(nan if served.agreement is None else served.agreement)
 
     def _store_is_up(self, up: bool) -> None:
         self.store_up = up
-        self.metrics.store_up.set(up)
+        self.metrics.store.up.set(up)
 
     def _die(self, error: BaseException) -> None:
         """End the process in order, with a non-zero code: an orchestrator starts a sound one."""

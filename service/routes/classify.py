@@ -57,12 +57,13 @@ async def classify(request: Request) -> Response:
         raise DeadlineExceeded(
             f"no answer within {settings.deadline_s:g} s; send fewer images, or raise IGD_DEADLINE_S"
         ) from error
-    answer = {
-        "model": config.name,
-        "importance_version": defense.version,
-        "predictions": [prediction_json(row, config.labels, top) for row in rows],
-    }
-    return Response(orjson.dumps(answer), media_type="application/json")
+    with runtime.metrics.stage("encode"):
+        answer = {
+            "model": config.name,
+            "importance_version": defense.version,
+            "predictions": [prediction_json(row, config.labels, top) for row in rows],
+        }
+        return Response(orjson.dumps(answer), media_type="application/json")
 
 
 async def classify_directly(scope: Scope, receive: Receive, send: Send) -> None:

@@ -1,11 +1,13 @@
 """GET /model, /health/live, /health/ready, /metrics: what runs here, and how it is."""
 
+import asyncio
+
 from fastapi import APIRouter
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from service.errors import NotReady
+from service.errors import Draining, NotReady
 from service.routes.documentation import problems
 from service.runtime import runtime_of
 from service.schemas import DefenseSettings, InputDescription, ModelResponse
@@ -44,7 +46,7 @@ async def ready(request: Request) -> JSONResponse:
     """200 while /classify answers with defended predictions; a store that went away does not matter."""
     runtime = runtime_of(request)
     if not runtime.batcher.accepting:
-        raise NotReady("the server is shutting down")
+        raise Draining("the server is shutting down")
     return JSONResponse(
         {"status": "ready", "importance_version": runtime.defense.version, "store_up": runtime.store_up}
     )
@@ -53,4 +55,7 @@ async def ready(request: Request) -> JSONResponse:
 @router.get("/metrics")
 async def metrics(request: Request) -> Response:
     """Prometheus metrics."""
-    return Response(generate_latest(runtime_of(request).metrics.registry), media_type=CONTENT_TYPE_LATEST)
+    metrics = runtime_of(request).metrics
+    # Thousands of lines with many classes: not on the event loop, and not behind what waits for a store that is away.
+    text = await asyncio.get_running_loop().run_in_executor(metrics.thread, generate_latest, metrics.registry)
+    return Response(text, media_type=CONTENT_TYPE_LATEST)
