@@ -1,6 +1,7 @@
 """Images that come as arrays of pixels: nothing to decode, and as little to trust as any bytes."""
 
 import io
+import math
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,16 +30,16 @@ def read_pixels(body: bytes, media_type: str, config: InputConfig, shape: str | 
     if media_type == "application/x-npy":
         found, data = _read_npy(body)
     else:
-        found, data = _said(shape) or (len(body) // int(np.prod(expected)), *expected), memoryview(body)
+        found, data = _said(shape) or (len(body) // math.prod(expected), *expected), memoryview(body)
     if found[1:] != expected or found[0] < 1:
         raise Unprocessable(
             f"expected uint8 pixels of shape [n, {', '.join(map(str, expected))}] (n images, height, width, channels), "
             f"got {list(found)}; resize them, or send image files"
         )
-    if len(data) != int(np.prod(found)):
+    if len(data) != math.prod(found):
         raise Unprocessable(
-            f"expected {int(np.prod(found))} bytes of pixels for shape {list(found)}, got {len(data)}; "
-            f"an image of this network is {int(np.prod(expected))} bytes"
+            f"expected {math.prod(found)} bytes of pixels for shape {list(found)}, got {len(data)}; "
+            f"an image of this network is {math.prod(expected)} bytes"
         )
     return np.frombuffer(data, np.uint8).reshape(found)
 

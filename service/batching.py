@@ -185,7 +185,7 @@ class Batcher(Generic[Group, Item, Result]):
     def _left_to_wait_s(self, loop: asyncio.AbstractEventLoop) -> float:
         if not self.max_wait_s or self._draining or len(self._queue) >= self.max_batch_size:
             return 0
-        since = next((w.since for w in self._queue if not w.answer.done()), -self.max_wait_s)
+        since = next((w.since for w in self._queue if w.wanted), -self.max_wait_s)
         return since + self.max_wait_s - loop.time()
 
     def _settle(

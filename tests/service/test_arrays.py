@@ -77,6 +77,8 @@ def test_bytes_that_are_no_images_of_this_network_are_refused(body, shape, fragm
         (with_header("{'descr': '|u1', 'fortran_order': False, 'shape': (-5, 4, 6, 3)}"), "[-5, 4, 6, 3]"),
         (with_header("{'descr': '|u1', 'fortran_order': False, 'shape': (10**9, 4, 6, 3)}"), "numpy.save"),
         (with_header(f"{{'descr': '|u1', 'fortran_order': False, 'shape': ({10**12}, 4, 6, 3)}}"), "bytes of pixels"),
+        # 2**62 * 4 * 6 * 3 is 0 in 64 bits, which is as many bytes as there are.
+        (with_header("{'descr': '|u1', 'fortran_order': False, 'shape': (4611686018427387904, 4, 6, 3)}"), "bytes of"),
         (with_header("[" * 100), "as numpy.save writes it"),
         (
             with_header("{'descr': '|u1', 'fortran_order': False, 'shape': (5, 4, 6, 3)}", version=b"\x09\x00"),
