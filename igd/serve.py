@@ -1,6 +1,5 @@
 """``igd serve``: the HTTP server."""
 
-import logging
 import sys
 
 import typer
@@ -9,6 +8,7 @@ from pydantic import ValidationError
 
 from igd.options import describe
 from service.app import DirectClassify, create_app
+from service.logs import configure_logging
 from service.server import Server
 from service.settings import Settings
 
@@ -22,7 +22,7 @@ def serve(context: typer.Context) -> None:
         settings = Settings(_cli_parse_args=context.args, _cli_prog_name="igd serve")
     except ValidationError as error:
         raise typer.BadParameter(describe(error)) from error
-    logging.getLogger().setLevel(settings.log_level.upper())
+    configure_logging(settings.log_level, settings.log_format)
     app = create_app(settings)
     config = uvicorn.Config(
         DirectClassify(app),

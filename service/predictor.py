@@ -174,7 +174,7 @@ class Predictor:
             pixels: B arrays [H, W, channels].
 
         Returns:
-            [B, 3, C]: probabilities defended and undefended, and the pseudo-label's class weights.
+            [B, 5, C]: of each image the rows that ``glue.ROWS`` names, its probabilities first.
         """
         given = self._inputs(self._padded(pixels) if defense.compiler == "inductor" else pixels)
         values = defense.engine.cut(defense.prologue(*given))

@@ -1,0 +1,66 @@
+"""Logs: JSON lines for machines, readable ones on a terminal; lines of a request or job say which one they are of."""
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from types import MappingProxyType
+from typing import Any
+
+import orjson
+import structlog
+from structlog.typing import EventDict, Processor, WrappedLogger
+
+# Not structlog's own, which takes longer to fill than a small model's tail runs.
+log_context: ContextVar[Mapping[str, str]] = ContextVar("log_context", default=MappingProxyType({}))
+
+
+def configure_logging(level: str, log_format: str) -> None:
+    """Let everything that logs in this process write one line an event on stderr.
+
+    Args:
+        level: debug to error. log_format: ``"json"``, ``"text"``, or ``"auto"``: text on a terminal, else JSON.
+    """
+    as_text = log_format == "text" or (log_format == "auto" and sys.stderr.isatty())
+    common: list[Processor] = [
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.add_logger_name,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        _add_context,
+    ]
+    handler = logging.StreamHandler()
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=common,
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *_rendering(as_text)],
+        )
+    )
+    root = logging.getLogger()
+    root.handlers, root.level = [handler], logging.getLevelName(level.upper())
+    logging.captureWarnings(True)
+    structlog.configure(
+        processors=[*common, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+        cache_logger_on_first_use=True,
+    )
+
+
+def _rendering(as_text: bool) -> list[Processor]:
+    if as_text:
+        # Not the default traceback, which shows local variables: keys and images are among them.
+        plain = structlog.dev.plain_traceback
+        return [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=plain)]
+    return [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(_as_json)]
+
+
+def _add_context(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
+    return {**event, **log_context.get()}
+
+
+def _as_json(event: EventDict, default: Callable[[Any], Any], **options: Any) -> str:
+    try:
+        return orjson.dumps(event, default).decode()
+    except TypeError:  # a file name that is no UTF-8
+        return json.dumps(event, default=default)
