@@ -136,7 +136,9 @@ class Predictor:
         # What is left to PyTorch beside OpenVINO is small: to share it out takes longer than to do it.
         torch.set_num_threads(1 if engine.compiler == "openvino" else self._threads)
         classifier = self._defend(engine, importance)
-        return ServedDefense(version, importance, classifier, *self._glue(engine, classifier), engine, share)
+        glue = self._glue(engine, classifier)
+        engine.stage_seconds()  # what getting warm took is no batch's
+        return ServedDefense(version, importance, classifier, *glue, engine, share)
 
     @torch.inference_mode()
     def _glue(self, engine: EngineSplit, classifier: DefendedClassifier) -> tuple[Glue, Glue]:
