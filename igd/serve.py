@@ -14,6 +14,8 @@ from service.settings import Settings
 
 # pydantic-settings reads the flags itself, so that they are the variables' names and texts.
 PASS_THROUGH = {"ignore_unknown_options": True, "allow_extra_args": True}
+# Longer than proxies keep idle connections, usually 60 s: else they send requests on one that is just being closed.
+KEEP_ALIVE_S = 75
 
 
 def serve(context: typer.Context) -> None:
@@ -32,6 +34,7 @@ def serve(context: typer.Context) -> None:
         access_log=False,
         proxy_headers=False,  # nothing here depends on who the client is
         server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=max(1, round(settings.drain_s)),
     )
     sys.exit(Server(config, app.state.runtime).serve_until_stopped())

@@ -13,7 +13,7 @@ from service.trace_context import trace_id_of
 if TYPE_CHECKING:
     from service.spans import Spans
 
-logger = structlog.stdlib.get_logger(__name__)
+logger = structlog.get_logger()
 
 SLOW_LINES_PER_S = 10
 
@@ -61,8 +61,8 @@ class RequestLog:
         return self._lines <= SLOW_LINES_PER_S
 
     def _write(self, scope: Scope, status: int, seconds: float, classified: Classified | None) -> None:
-        event: dict[str, Any] = {"method": scope["method"], "path": _path(scope), "status": status}
-        event["total_ms"] = _ms(seconds)
+        event: dict[str, Any] = {"logger": __name__, "method": scope["method"], "path": _path(scope)}
+        event |= {"status": status, "total_ms": _ms(seconds)}
         if classified:
             event |= _timings(classified, scope["state"]["arrived_at"])
         if self._left_out:
