@@ -12,7 +12,7 @@ import orjson
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
 
-# Not structlog's own, which takes longer to fill than a small model's tail runs.
+# One variable for all, set once a request; structlog's own has one for each name.
 log_context: ContextVar[Mapping[str, str]] = ContextVar("log_context", default=MappingProxyType({}))
 
 
@@ -37,7 +37,8 @@ def configure_logging(level: str, log_format: str) -> None:
         )
     )
     root = logging.getLogger()
-    root.handlers, root.level = [handler], number
+    root.handlers = [handler]
+    root.setLevel(number)
     logging.captureWarnings(True)
     structlog.configure(  # straight to stderr: by way of the standard library's loggers a line takes twice as long
         processors=[*common, *_rendering(as_text)],
