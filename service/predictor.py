@@ -33,6 +33,7 @@ from service.engine import (
     resolve_device,
 )
 from service.glue import Epilogue, Prologue, traced
+from service.settings import Settings
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +93,22 @@ class Predictor:
         ModelDirectoryError, SplitError: the directory cannot be served.
         EngineError: not on this device, or by this compiler.
     """
+
+    @classmethod
+    def of(cls, settings: Settings, *, max_batch_size: int | None = None) -> "Predictor":
+        """The settings' model on their device.
+
+        Args:
+            max_batch_size: in place of the settings' own.
+        """
+        return cls(
+            settings.model,
+            device=settings.device,
+            dtype=settings.dtype,
+            compiler=settings.compile,
+            threads=settings.threads,
+            max_batch_size=max_batch_size or settings.max_batch_size,
+        )
 
     def __init__(
         self,

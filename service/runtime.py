@@ -127,16 +127,7 @@ class Runtime:
         """
         self.started = True
         settings = self.settings
-        load = partial(
-            Predictor,
-            settings.model,
-            device=settings.device,
-            dtype=settings.dtype,
-            compiler=settings.compile,
-            threads=settings.threads,
-            max_batch_size=settings.max_batch_size,
-        )
-        self.predictor = await asyncio.get_running_loop().run_in_executor(self._device, load)
+        self.predictor = await asyncio.get_running_loop().run_in_executor(self._device, Predictor.of, settings)
         self._decoder = Decoder(
             self.predictor.config.input, threads=settings.decode_threads, max_pixels=settings.max_pixels
         )
