@@ -40,7 +40,7 @@ def configure_logging(level: str, log_format: str) -> None:
     root.handlers = [handler]
     root.setLevel(number)
     logging.captureWarnings(True)
-    structlog.configure(  # straight to stderr: by way of the standard library's loggers a line takes twice as long
+    structlog.configure(  # straight to stderr: by way of the standard library's loggers a line takes longer
         processors=[*common, *_rendering(as_text)],
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         wrapper_class=structlog.make_filtering_bound_logger(number),

@@ -23,7 +23,7 @@ class RequestLog:
 
     Args:
         every: a line for every request; else for 5xx but 503, and for slow classifications, of those at most
-            ``SLOW_LINES_PER_S``: under overload all are slow, and a line costs as much as a small model's prediction.
+            ``SLOW_LINES_PER_S``: under overload all are slow, and lines cost throughput.
         slow_s: what slow is. spans: where spans go, if anywhere.
     """
 
