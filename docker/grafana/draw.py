@@ -28,7 +28,7 @@ matplotlib.use("Agg")
 
 DIRECTORY = Path(__file__).parent / "dashboards"
 COLUMNS, WIDTH_IN, UNIT_IN = 24, 16.0, 0.36
-SCRAPE_S, POINTS = 5, 240
+SCRAPE_S, POINTS = 5, 240  # the first is of the provisioned data source
 INK, GRAY = "#24292e", "#8a8f98"
 
 Json = dict[str, Any]
@@ -75,17 +75,18 @@ def legend_of(pattern: str, labels: dict[str, str]) -> str:
     return re.sub(r"{{\s*(\w+)\s*}}", lambda name: labels.get(name[1], ""), pattern)
 
 
-def text_of(value: float, unit: str) -> str:
+def text_of(value: float, unit: str, decimals: int | None = None) -> str:
     """A value with its unit, as a person reads it."""
     if np.isnan(value):
-        return "no value"
+        return "NaN"
     if unit == "percentunit":
         return f"{100 * value:.3g}%"
     if unit == "s":
         return _scaled(value, ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"), (1e-3, "ms"), (1e-6, "µs")))
     if unit == "bytes":
         return _scaled(value, ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B")))
-    return f"{value:.4g}" + {"reqps": " req/s", "ops": " ops/s"}.get(unit, "")
+    plain = f"{value:.4g}" if decimals is None else f"{value:.{decimals}f}"
+    return plain + {"reqps": " req/s", "ops": " ops/s", "none": ""}.get(unit, unit.removeprefix("suffix:"))
 
 
 def _scaled(value: float, units: tuple[tuple[float, str], ...]) -> str:
@@ -120,54 +121,74 @@ def _draw_panel(figure: Figure, box: Axes, panel: Json, source: Source) -> None:
     elif panel["type"] == "stat":
         _draw_stat(box, panel, series)
     else:
-        _draw_chart(figure, box, panel, series)
+        _draw_chart(figure, box, panel, source, series)
 
 
 def _draw_stat(box: Axes, panel: Json, series: list[tuple[str, np.ndarray, np.ndarray]]) -> None:
     field, (legend, _, values) = panel["fieldConfig"]["defaults"], series[0]
-    words = {key: word["text"] for mapping in field.get("mappings", []) for key, word in mapping["options"].items()}
-    text = legend if panel["options"]["textMode"] == "name" else text_of(values[-1], field["unit"])
-    text = words.get(text, text)
+    if panel["options"]["textMode"] == "name":
+        text = legend
+    else:
+        text = text_of(values[-1], field["unit"], field.get("decimals"))
+        text = _words(field).get(text, text)
     box.text(0.5, 0.38, text, transform=box.transAxes, ha="center", va="center", color=INK, fontsize=_size(text))
+
+
+def _words(field: Json) -> dict[str, str]:
+    """What a value mapping says in place of a value."""
+    words = {}
+    for mapping in field.get("mappings", []):
+        options = mapping["options"]
+        values = {"NaN": options["result"]} if mapping["type"] == "special" else options
+        words |= {value: word["text"] for value, word in values.items()}
+    return words
 
 
 def _size(text: str) -> float:
     return float(min(26, 260 / max(10, len(text))))
 
 
-def _draw_chart(figure: Figure, box: Axes, panel: Json, series: list[tuple[str, np.ndarray, np.ndarray]]) -> None:
+def _draw_chart(
+    figure: Figure, box: Axes, panel: Json, source: Source, series: list[tuple[str, np.ndarray, np.ndarray]]
+) -> None:
     place, field = box.get_position(), panel["fieldConfig"]["defaults"]
     bars = panel["type"] == "bargauge"
-    side, below = (0.075, 0.07) if bars else (0.04, 0.3)
+    side, below = (0.075, 0.1) if bars else (0.046, 0.3)
     axes = figure.add_axes(
         (place.x0 + side, place.y0 + below * place.height, place.width - side - 0.012, (0.83 - below) * place.height)
     )
     if bars:
-        _draw_bars(axes, field["unit"], series)
+        _draw_bars(axes, field, series)
     else:
-        _draw_lines(axes, field, series)
+        _draw_lines(axes, field, source, series)
+        columns = panel["gridPos"]["w"] // 2 if panel["gridPos"]["w"] > 8 else 2
+        axes.legend(loc="upper left", bbox_to_anchor=(-0.06, -0.17), ncols=columns, fontsize=8, frameon=False)
     axes.tick_params(labelsize=8, colors=INK, length=2)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
 
 
-def _draw_bars(axes: Axes, unit: str, series: list[tuple[str, np.ndarray, np.ndarray]]) -> None:
+def _draw_bars(axes: Axes, field: Json, series: list[tuple[str, np.ndarray, np.ndarray]]) -> None:
     names, sizes = [legend for legend, _, _ in series][::-1], [values[-1] for *_, values in series][::-1]
-    axes.bar_label(axes.barh(names, sizes), [text_of(size, unit) for size in sizes], fontsize=8, padding=3)
+    texts = [text_of(size, field["unit"], field.get("decimals")) for size in sizes]
+    axes.bar_label(axes.barh(names, sizes), texts, fontsize=8, padding=3)
     axes.margins(x=0.12)
 
 
-def _draw_lines(axes: Axes, field: Json, series: list[tuple[str, np.ndarray, np.ndarray]]) -> None:
+def _draw_lines(axes: Axes, field: Json, source: Source, series: list[tuple[str, np.ndarray, np.ndarray]]) -> None:
     for legend, times, values in series:
         axes.plot([datetime.fromtimestamp(at) for at in times], values, label=legend, linewidth=1.3)
     locator = AutoDateLocator(maxticks=8)
     axes.xaxis.set_major_locator(locator)
     axes.xaxis.set_major_formatter(ConciseDateFormatter(locator, show_offset=False))
-    axes.yaxis.set_major_locator(MaxNLocator(5, integer=_all_whole(series)))
+    axes.set_xlim(*(datetime.fromtimestamp(at) for at in (source.start, source.end)))
+    if "custom" in field:
+        axes.set_yscale("log", base=field["custom"]["scaleDistribution"]["log"])
+    else:
+        highest = max((np.nanmax(values) for *_, values in series if not np.isnan(values).all()), default=0.0)
+        axes.set_ylim(field["min"], field.get("max", 1.08 * highest or 1.0))
+        axes.yaxis.set_major_locator(MaxNLocator(5, integer=_all_whole(series)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: text_of(value, field["unit"])))
-    highest = max((np.nanmax(values) for *_, values in series if not np.isnan(values).all()), default=0.0)
-    axes.set_ylim(field["min"], field.get("max", 1.08 * highest or 1.0))
-    axes.legend(loc="upper left", bbox_to_anchor=(-0.06, -0.17), ncols=6, fontsize=8, frameon=False, columnspacing=1.2)
 
 
 def _all_whole(series: list[tuple[str, np.ndarray, np.ndarray]]) -> bool:

@@ -28,7 +28,8 @@ def draw() -> ModuleType:
         (3 * 2**20, "bytes", "3 MiB"),
         (14.98765, "reqps", "14.99 req/s"),
         (2, "none", "2"),
-        (nan, "s", "no value"),
+        (16.5, "suffix: img/s", "16.5 img/s"),
+        (nan, "s", "NaN"),
     ],
 )
 def test_values_read_as_a_person_would_write_them(draw: ModuleType, value: float, unit: str, text: str) -> None:
