@@ -105,7 +105,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--speed-up", type=float, default=40, help="how much faster time runs; 1 takes two hours")
     parser.add_argument("--minutes", type=float, default=11, help="of a phase; the alerts need some 6 to fire")
     parser.add_argument("--rate", type=float, default=10, help="images a second")
-    parser.add_argument("--attacked", type=int, default=300, help="images attacked with gradients")
+    parser.add_argument("--attacked", type=int, default=200, help="images attacked with gradients")
     parser.add_argument("--victims", type=int, default=100, help="images of the Square attack, in parallel")
     parser.add_argument("--queries", type=int, default=300, help="of the Square attack for each image, at most")
     parser.add_argument("--data", type=Path, help="folder of the idx files (default: Debian's, else a download)")

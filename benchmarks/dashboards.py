@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder of the idx files (default: Debian's, else a download)")
     arguments = parser.parse_args()
     pixels, labels = images.test_images(arguments.data)
-    attacked = images.pgd_on_undefended(pixels[:300], labels[:300])
+    attacked = images.pgd_on_undefended(pixels[:200], labels[:200])
     with igd_server(BUNDLED, worker=True) as server, watching(server.address, speed_up=5) as prometheus:
         began = time.time()
         steady = threading.Thread(target=_steady_traffic, args=(server, arguments.seconds))

@@ -47,9 +47,10 @@ class Prometheus:
             return json.load(answer)["data"]
 
     def over_time(self, query: str, start: float, end: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Times and values of a query's first series; empty where there is none."""
+        """Times and values of a query's first series where it has one: a share of no images is NaN."""
         found = self.api("query_range", query=query, start=start, end=end, step=self.step_s)["result"]
         values = np.array(found[0]["values"], float) if found else np.zeros((0, 2))
+        values = values[~np.isnan(values[:, 1])]
         return values[:, 0], values[:, 1]
 
     def threshold(self, alert: str) -> float:
