@@ -161,7 +161,8 @@ def _draw_chart(
         _draw_bars(axes, field, series)
     else:
         _draw_lines(axes, field, source, series)
-        columns = panel["gridPos"]["w"] // 2 if panel["gridPos"]["w"] > 8 else 2
+        longest = max(len(legend) for legend, _, _ in series)
+        columns = max(1, int(8.5 * panel["gridPos"]["w"] / (longest + 4)))
         axes.legend(loc="upper left", bbox_to_anchor=(-0.06, -0.17), ncols=columns, fontsize=8, frameon=False)
     axes.tick_params(labelsize=8, colors=INK, length=2)
     axes.spines[["top", "right"]].set_visible(False)
