@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from evaluation.analysis import ATTACKED, ATTACKED_ONLY, GROUPS, OTHERS, TRUE, TRUE_ONLY, UNIMPORTANT, Analysis
-from evaluation.importance_plots import DPI
-from evaluation.intervals import Interval, mean_interval, wilson
+from evaluation.importance_plots import DPI, new_figure
+from evaluation.statistics import bootstrap_interval, wilson_interval
 
 Numbers = dict[str, Any]
 COLORS = {
@@ -27,6 +27,7 @@ COLORS = {
     TRUE_ONLY: "lightsteelblue",
     ATTACKED_ONLY: "lightcoral",
 }
+OPPOSITE, ALL_FALL = "true class falls and attack's class rises", "true, attack's and other classes fall"
 OUTCOMES = {"successful": True, "failed": False}
 
 
@@ -76,8 +77,8 @@ def _summarize_outcome(analysis: Analysis, chosen: Tensor) -> Numbers:
     signs = torch.stack([analysis.changes(group)[chosen] for group in (TRUE, ATTACKED, OTHERS)])
     numbers["true class falls"] = _share(signs[0] < 0)
     numbers["attack's class rises"] = _share(signs[1] > 0)
-    numbers["true class falls and attack's class rises"] = _share((signs[0] < 0) & (signs[1] > 0))
-    numbers["true, attack's and other classes fall"] = _share((signs < 0).all(dim=0))
+    numbers[OPPOSITE] = _share((signs[0] < 0) & (signs[1] > 0))
+    numbers[ALL_FALL] = _share((signs < 0).all(dim=0))
     return numbers
 
 
@@ -91,15 +92,16 @@ def _summarize_group(analysis: Analysis, group: str, chosen: Tensor) -> Numbers:
 
 
 def _with_interval(values: Tensor) -> Numbers | None:
-    return _as_numbers(mean_interval(values.double().numpy())) if len(values) else None
+    return _interval(float(values.mean()), bootstrap_interval(values.double().numpy())) if len(values) else None
 
 
 def _share(holds: Tensor) -> Numbers | None:
-    return _as_numbers(wilson(int(holds.sum()), len(holds))) if len(holds) else None
+    count = int(holds.sum())
+    return _interval(count / len(holds), wilson_interval(count, len(holds))) if len(holds) else None
 
 
-def _as_numbers(interval: Interval) -> Numbers:
-    return {"mean": _rounded(interval.estimate), "low": _rounded(interval.low), "high": _rounded(interval.high)}
+def _interval(mean: float, bounds: tuple[float, float]) -> Numbers:
+    return {"mean": _rounded(mean), "low": _rounded(bounds[0]), "high": _rounded(bounds[1])}
 
 
 def _groups(summary: Numbers, title: str) -> Figure:
@@ -110,15 +112,21 @@ def _groups(summary: Numbers, title: str) -> Figure:
         axes.axhline(0, color="black", linewidth=0.8)
         for place, group in enumerate(GROUPS):
             _bar(axes, place, group, numbers["change"][group])
-        both = numbers["true class falls and attack's class rises"]
-        share = f"; true falls and attack's rises in {both['mean']:.0%} of them" if both else ""
-        axes.set_title(f"{numbers['images']} {outcome} attacks{share}", fontsize=10)
+        axes.set_title(f"{numbers['images']} {outcome} attacks{_shares(numbers)}", fontsize=10)
         axes.set_xticks(range(len(GROUPS)), [group.replace(" ", "\n") for group in GROUPS], fontsize=9)
         axes.grid(alpha=0.3, axis="y")
         axes.margins(y=0.15)
     panels[0].set_ylabel("change of the group's mean activation, %\n(mean over images, 95% interval)")
     figure.suptitle(title)
     return figure
+
+
+def _shares(numbers: Numbers) -> str:
+    opposite, all_fall = numbers[OPPOSITE], numbers[ALL_FALL]
+    if not opposite:
+        return ""
+    rises, falls = f"{opposite['mean']:.0%}", f"{all_fall['mean']:.0%}"
+    return f"\ntrue class falls and attack's rises in {rises}; true, attack's and others fall in {falls}"
 
 
 def _bar(axes: Axes, place: int, group: str, numbers: Numbers) -> None:
@@ -200,8 +208,10 @@ def _name_groups(axes: Axes, groups: dict[str, list[int]]) -> None:
     borders = np.cumsum([0, *(len(members) for members in groups.values())]) - 0.5
     for border in borders[1:-1]:
         axes.axvline(border, color="black", linewidth=0.8, linestyle=":")
-    named = [(name, (low + high) / 2) for name, low, high in zip(groups, borders, borders[1:], strict=False) if high > low]
-    axes.set_xticks([place for _, place in named], [name for name, _ in named], fontsize=9)
+    named = [
+        (name, (low + high) / 2) for name, low, high in zip(groups, borders, borders[1:], strict=False) if high > low
+    ]
+    axes.set_xticks([place for _, place in named], [name.replace(" ", "\n") for name, _ in named], fontsize=9)
 
 
 def _row_of(analysis: Analysis, image: int) -> int:
