@@ -4,13 +4,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from evaluation.attacks.budget import Budget
 from evaluation.attacks.optimizers import Optimizer
+from evaluation.attacks.surrogates import FixedMask
 
 Stage = tuple[nn.Module, Optimizer]
 
@@ -23,6 +24,8 @@ class Effort:
         steps: gradient steps of a run. eot: gradients averaged in each step where noise is attacked.
         targets: classes that targeted attacks and fixed masks go through. queries: of attacks without gradients.
         draws: noise draws that decide which of an attack's images is the worst, and whether one still stands.
+        precision: of the gradients, ``"float32"`` or ``"bfloat16"`` (faster where the hardware has it); what is found
+            is always judged in float32.
     """
 
     steps: int = 100
@@ -30,6 +33,7 @@ class Effort:
     targets: int = 9
     queries: int = 5000
     draws: int = 5
+    precision: Literal["float32", "bfloat16"] = "float32"
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,10 @@ class Attack(ABC):
                 standing = worst.standing()
                 if not len(standing):
                     break
-                found = optimize(_Counted(surrogate, count), images[standing], labels[standing], budget)
+                if isinstance(surrogate, FixedMask):
+                    surrogate.hold(images[standing], labels[standing])
+                counted = _Counted(surrogate, count, self.effort.precision == "bfloat16")
+                found = optimize(counted, images[standing], labels[standing], budget)
                 worst.offer(standing, budget.project(found.detach(), images[standing]))
         return AttackResult(worst.images, count.gradient, count.forward)
 
@@ -126,16 +133,18 @@ class _Calls:
 
 
 class _Counted(nn.Module):
-    def __init__(self, model: nn.Module, count: _Calls) -> None:
+    def __init__(self, model: nn.Module, count: _Calls, bfloat16: bool = False) -> None:
         super().__init__()
-        self.model, self.count = model, count
+        self.model, self.count, self.bfloat16 = model, count, bfloat16
 
     def forward(self, images: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and images.requires_grad:
+        differentiated = torch.is_grad_enabled() and images.requires_grad
+        if differentiated:
             self.count.gradient += len(images)
         else:
             self.count.forward += len(images)
-        logits: Tensor = self.model(images)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bfloat16 and differentiated):
+            logits: Tensor = self.model(images)
         return logits.float()
 
 

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-import torch
 from torch import Tensor
 
 Norm = Literal["Linf", "L2"]
@@ -37,15 +36,14 @@ class Budget:
         if self.norm == "Linf":
             change = change.clamp(-self.epsilon, self.epsilon)
         else:
-            length = change.flatten(1).norm(dim=1).clamp(min=1e-12)
+            length = change.flatten(1).square().sum(dim=1).sqrt().clamp(min=1e-12)
             change = change * (self.epsilon / length).clamp(max=1).view(-1, 1, 1, 1)
         return (images + change).clamp(0, 1)
 
     def distance(self, adversarial: Tensor, images: Tensor) -> Tensor:
         """Distance of each pair of images, [B]."""
-        return torch.linalg.vector_norm(
-            (adversarial - images).flatten(1), ord=float("inf") if self.norm == "Linf" else 2, dim=1
-        )
+        change = (adversarial - images).flatten(1)
+        return change.abs().amax(dim=1) if self.norm == "Linf" else change.square().sum(dim=1).sqrt()
 
     def allows(self, adversarial: Tensor, images: Tensor) -> Tensor:
         """Whether each image is in its ball and in [0, 1] to rounding, [B] bool."""

@@ -1,7 +1,7 @@
 """Optimizers: AutoAttack's own attacks (Croce & Hein, arXiv 2003.01690; PyPI's pyautoattack), one run at a time.
 
-Each is a function of (surrogate, images, labels, budget) that returns adversarial images in the budget's ball. They draw
-from torch's global generator, so ``Attack`` seeds it around them.
+Each is a function of (surrogate, images, labels, budget) that returns adversarial images in the budget's ball. They
+draw from torch's global generator, so ``Attack`` seeds it around them.
 """
 
 import logging

@@ -73,22 +73,28 @@ class BothPasses(nn.Module):
 
 
 class FixedMask(nn.Module):
-    """One pass without noise, with the mask of the class that the undefended model puts in this place.
+    """One pass without noise, with the mask of one class of each image, whatever the first pass would say.
 
     Args:
-        place: 0 for its most probable class of the attacked image, 1 for the second, and so on.
+        place: 0 for the image's true class, 1 for the one that the undefended model puts next, and so on.
     """
+
+    classes: Tensor
 
     def __init__(self, defended: DefendedClassifier, place: int = 0) -> None:
         super().__init__()
         self.defended, self.place = defended, place
 
+    @torch.no_grad()
+    def hold(self, images: Tensor, labels: Tensor) -> None:
+        """Choose the class of each of these (clean) images; until the next call, inputs belong to them in order."""
+        logits = self.defended.split(images).scatter(1, labels[:, None], torch.inf)
+        self.classes = logits.argsort(dim=1, descending=True)[:, self.place]
+
     def forward(self, images: Tensor) -> Tensor:
-        clean = self.defended.split.cut(images)
-        with torch.no_grad():
-            order = self.defended.split.tail(*clean).argsort(dim=1, descending=True)
-            weights = nn.functional.one_hot(order[:, self.place], order.shape[1]).to(images.dtype)
-        return self.defended._masked_pass(clean, weights)
+        weights = nn.functional.one_hot(self.classes, self.defended.split.num_classes).to(images.dtype)
+        # APGD asks for the first image alone, to count the classes.
+        return self.defended._masked_pass(self.defended.split.cut(images), weights[: len(images)])
 
 
 class FixedNoise(nn.Module):
