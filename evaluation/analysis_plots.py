@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from evaluation.analysis import ATTACKED, ATTACKED_ONLY, GROUPS, OTHERS, TRUE, TRUE_ONLY, UNIMPORTANT, Analysis
+from evaluation.errors import EvaluationError
 from evaluation.importance_plots import DPI, new_figure
 from evaluation.statistics import bootstrap_interval, wilson_interval
 
@@ -45,8 +46,10 @@ def write_analysis(
         The paths of the three files.
 
     Raises:
-        ValueError: that image was misclassified before the attack, so that it is not part of the analysis.
+        EvaluationError: that image, or every image, was misclassified before the attack.
     """
+    if not len(analysis.indices):
+        raise EvaluationError("expected images that the model classifies correctly before the attack, found none")
     directory.mkdir(parents=True, exist_ok=True)
     summary = summarize(analysis)
     shown = [_row_of(analysis, image)] if image is not None else _first_of_each_outcome(analysis)
@@ -85,7 +88,7 @@ def _summarize_outcome(analysis: Analysis, chosen: Tensor) -> Numbers:
 def _summarize_group(analysis: Analysis, group: str, chosen: Tensor) -> Numbers:
     relative, absolute = analysis.relative_changes(group)[chosen], analysis.changes(group)[chosen]
     return {
-        "neurons": _rounded(analysis.members[group][chosen].sum(dim=1).float().mean()),
+        "neurons": _rounded(analysis.members[group].sum(dim=1).float().mean()),
         "relative": _with_interval(relative[~relative.isnan()]),
         "absolute": _with_interval(absolute[~absolute.isnan()]),
     }
@@ -149,15 +152,13 @@ def _bar(axes: Axes, place: int, group: str, numbers: Numbers) -> None:
 
 def _neurons(analysis: Analysis, rows: Sequence[int], class_names: Sequence[str]) -> tuple[Figure, list[Numbers]]:
     """Each neuron of single images before and after, those of a group together, the most active first."""
-    figure = new_figure(13, 1 + 3.4 * max(1, len(rows)))
+    figure = new_figure(13, 1 + 3.4 * len(rows))
     numbers = []
     for number, row in enumerate(rows):
         axes = figure.add_subplot(len(rows), 1, number + 1)
         numbers.append(_draw_neurons(axes, analysis, row, class_names))
         if number == 0:
             axes.legend(loc="upper right", fontsize=9)
-    if not rows:
-        figure.suptitle("no image was classified correctly before the attack")
     return figure, numbers
 
 
@@ -217,7 +218,7 @@ def _name_groups(axes: Axes, groups: dict[str, list[int]]) -> None:
 def _row_of(analysis: Analysis, image: int) -> int:
     rows = (analysis.indices == image).nonzero().flatten().tolist()
     if not rows:
-        raise ValueError(
+        raise EvaluationError(
             f"expected an image that is classified correctly before the attack, got {image}; "
             f"the first of those are {analysis.indices[:8].tolist()}"
         )

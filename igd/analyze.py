@@ -1,7 +1,7 @@
 """``igd analyze``: what an attack does to the neurons that matter, and to those that do not."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 import typer
@@ -10,8 +10,12 @@ from torch import Tensor
 from defense import NeuronImportance, SplitClassifier, load_classifier, load_importance, read_config, top_k_masks
 from defense.probe import load_probe_set
 from defense.ranking import rank_neurons
+from igd.evaluate import NormName
 from igd.options import Model, settings_of
 from igd.progress import progress_bar
+
+if TYPE_CHECKING:
+    from evaluation.attacks import Attack, Effort
 
 
 def analyze(
@@ -21,7 +25,7 @@ def analyze(
     ] = "probe",
     out: Annotated[Path, typer.Option(file_okay=False, help="Folder of the pictures.")] = Path("analysis"),
     attack: Annotated[str, typer.Option(help="Name of an attack, as in igd evaluate.")] = "apgd-ce",
-    norm: Annotated[str, typer.Option(help="Linf or L2.")] = "Linf",
+    norm: Annotated[NormName, typer.Option(help="Of the perturbation.")] = NormName.LINF,
     n: Annotated[int, typer.Option("-n", min=1, help="Images.")] = 500,
     layer: Annotated[str | None, typer.Option(help="Split layer; model.toml's by default.")] = None,
     importance: Annotated[
@@ -43,7 +47,7 @@ def analyze(
     """
     from evaluation.analysis import analyze as analyze_neurons
     from evaluation.analysis_plots import write_analysis
-    from evaluation.attacks import Budget, Effort, attack_by_name
+    from evaluation.attacks import Budget, Effort
     from evaluation.test_images import TestImages, open_data
 
     directory = settings_of(model).model
@@ -52,8 +56,8 @@ def analyze(
     ranking = importance_at(directory, split, importance)
     masks = top_k_masks(ranking.scores, top_k or min(config.defense.top_k, split.num_neurons))
     shown = TestImages(open_data(data, config.labels, directory), config.input, n)
-    effort, budget = Effort(steps=steps), Budget(epsilon, norm)  # type: ignore[arg-type]  # which it checks
-    run, adversarial = attack_by_name(attack, effort), list[Tensor]()
+    effort, budget = Effort(steps=steps), Budget(epsilon, norm.value)
+    run, adversarial = _named(attack, effort), list[Tensor]()
     torch.set_flush_denormal(True)  # denormal numbers slow a CPU down many times
     with progress_bar() as bar:
         task = bar.add_task(attack, total=len(shown))
@@ -62,20 +66,30 @@ def analyze(
             bar.advance(task, len(block.labels))
     found = analyze_neurons(split, masks, shown.images, torch.cat(adversarial), shown.labels, batch_size=batch_size)
     facts = {
-        "title": f"{config.name}: neurons of {split.layer} under {attack}, {norm} {epsilon:g} ({ranking.method}, "
+        "title": f"{config.name}: neurons of {split.layer} under {attack}, {norm.value} {epsilon:g} ({ranking.method}, "
         f"top {int(masks[0].sum())} of {split.num_neurons})",
         "model": config.name,
         "model_digest": split.model_digest,
         "layer": split.layer,
         "ranking": ranking.metadata(),
         "top_k": int(masks[0].sum()),
-        "attack": {"name": attack, "epsilon": epsilon, "norm": norm, "steps": steps, "seed": seed},
+        "attack": {"name": attack, "epsilon": epsilon, "norm": norm.value, "steps": steps, "seed": seed},
         "data": {"name": shown.name, "images": len(shown), "correct_before": len(found.indices)},
         "attack_class": "the prediction of the attacked image; of failed attacks, the wrong class of the highest logit",
     }
     paths = write_analysis(found, out, facts=facts, class_names=config.labels, image=image)
     for path in paths:
         typer.echo(path)
+
+
+def _named(name: str, effort: "Effort") -> "Attack":
+    from evaluation.attacks import attack_by_name
+    from evaluation.errors import EvaluationError
+
+    try:
+        return attack_by_name(name, effort)
+    except ValueError as error:
+        raise EvaluationError(str(error)) from error
 
 
 def importance_at(directory: Path, split: SplitClassifier, file: Path | None) -> NeuronImportance:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import TaskID
 
 from defense import load_classifier, read_config
+from igd.evaluate import NormName
 from igd.options import Model, settings_of
 from igd.progress import progress_bar
 
@@ -24,7 +25,7 @@ def tune(
     out: Annotated[Path, typer.Option(file_okay=False, help="Folder of the results; continues there.")] = Path(
         "tuning"
     ),
-    norm: Annotated[str, typer.Option(help="Linf or L2.")] = "Linf",
+    norm: Annotated[NormName, typer.Option(help="Of the perturbation.")] = NormName.LINF,
     n: Annotated[int, typer.Option("-n", min=4, help="Images: half of them select, half measure.")] = 500,
     method: Annotated[str, typer.Option(help="Of lo-ir, lo-ir-signed, cd-ir, with commas; may be empty.")] = "lo-ir",
     importance: Annotated[
@@ -58,6 +59,7 @@ def tune(
     from evaluation.attacks import Budget, Effort  # torch's and matplotlib's imports are slow
     from evaluation.test_images import TestImages, open_data
     from evaluation.tuning.inputs import rankings_of, splits_of, values_of
+    from evaluation.tuning.kept import KeptResults
     from evaluation.tuning.report import write_tuning
     from evaluation.tuning.settings import Setting
     from evaluation.tuning.tune import Plan
@@ -91,7 +93,7 @@ def tune(
             epsilon=epsilon,
         )
         plan = Plan(
-            budget=Budget(epsilon, norm),  # type: ignore[arg-type]  # which it checks
+            budget=Budget(epsilon, norm.value),
             values=values,
             fixed_attacks=_items(fixed_attacks, str),
             adaptive_attacks=_items(attacks, str),
@@ -105,9 +107,11 @@ def tune(
         )
         shown = TestImages(open_data(data, config.labels, directory), config.input, n)
         current = Setting(**{name: choices[0] for name, choices in values.items()})
-        found = find_best(splits, rankings, current, shown.images, shown.labels, plan, report)
+        found = find_best(
+            splits, rankings, current, shown.images, shown.labels, plan, report, kept=KeptResults(out / "kept")
+        )
     facts = {
-        "title": f"Tuning of {config.name} at {norm} {epsilon:.4g}",
+        "title": f"Tuning of {config.name} at {norm.value} {epsilon:.4g}",
         "model": config.name,
         "model_digest": next(iter(splits.values())).model_digest,
         "data": {"name": shown.name, "images": len(shown)},

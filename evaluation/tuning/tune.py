@@ -1,15 +1,17 @@
 """The tuning: sweep on shared passes, attack the best few themselves, choose on one half, measure on the other."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from defense import SplitClassifier
-from evaluation.attacks import Budget, Effort, attack_by_name, attacks_by_name
+from evaluation.attacks import ATTACKS, Budget, Effort, attack_by_name, attacks_by_name
+from evaluation.errors import EvaluationError
 from evaluation.tuning.adaptive import Reattacked, reattack
+from evaluation.tuning.kept import KeptResults, digest_of
 from evaluation.tuning.passes import passes_of_a_batch, share_passes
 from evaluation.tuning.settings import Setting, grid, variations
 from evaluation.tuning.sweep import CLEAN, Rankings, Score, build, pareto_front, sweep, undefended_score
@@ -43,6 +45,13 @@ class Plan:
     redraws: int = 5
     limit: int | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in (*self.fixed_attacks, *self.adaptive_attacks) if name not in ATTACKS]
+        if unknown or not self.fixed_attacks:
+            raise EvaluationError(f"expected attacks among {', '.join(ATTACKS)}; got {', '.join(unknown) or 'none'}")
+        if odd := [name for name in self.vary if name not in self.values]:
+            raise EvaluationError(f"expected to vary {', '.join(self.values)}; got {', '.join(odd)}")
 
 
 @dataclass(frozen=True)
@@ -94,6 +103,8 @@ def tune(
     labels: Tensor,
     plan: Plan,
     report: Report | None = None,
+    *,
+    kept: KeptResults | None = None,
 ) -> Tuning:
     """Find the setting with the best worst case.
 
@@ -101,10 +112,11 @@ def tune(
         splits: the classifier split at each layer of the plan and of ``current``; rankings: of (method, layer) pairs.
         images: [n, channels, H, W] in [0, 1]; labels: [n]. One half selects, the other measures.
         report: called with what is under way and how far it is.
+        kept: results of candidates that earlier runs attacked.
     """
     images = images.contiguous()  # the attacks' library takes no other memory layout
     select, final = halves(len(labels), plan.seed)
-    run = _Run(splits, rankings, plan, report or (lambda what, done, total: None))
+    run = _Run(splits, rankings, plan, report or (lambda what, done, total: None), kept or KeptResults(None))
     selection = run.half(images[select], labels[select])
     scores, undefended = run.sweep(selection, grid(plan.values, limit=plan.limit, seed=plan.seed))
     front = pareto_front(scores)
@@ -140,6 +152,19 @@ def _best(candidates: Iterable[Candidate]) -> Setting:
 
 
 @dataclass(frozen=True)
+class _Part:
+    """The progress of one of several parts, reported as that of the whole."""
+
+    report: Report
+    what: str
+    before: int
+    total: int
+
+    def __call__(self, done: int) -> None:
+        self.report(self.what, self.before + done, self.total)
+
+
+@dataclass(frozen=True)
 class _Half:
     images: Tensor
     labels: Tensor
@@ -152,6 +177,7 @@ class _Run:
     rankings: Rankings
     plan: Plan
     report: Report
+    kept: KeptResults
 
     @property
     def undefended(self) -> SplitClassifier:
@@ -187,8 +213,8 @@ class _Run:
                 draws=draws,
                 seed=plan.seed,
                 batch_size=batch_size,
-                progress=lambda done, before=number * a_version: self.report(  # type: ignore[misc]
-                    "passes that all settings share", before + done, len(shown) * a_version
+                progress=_Part(
+                    self.report, "passes that all settings share", number * a_version, len(shown) * a_version
                 ),
             )
         scores = sweep(
@@ -203,21 +229,38 @@ class _Run:
 
     def candidates(self, half: _Half, roles: Mapping[Setting | None, Sequence[str]], which: str) -> list[Candidate]:
         """Attack each of them itself."""
-        each = len(self.plan.adaptive_attacks) * len(half.labels)
-        found = []
+        each, found = len(self.plan.adaptive_attacks) * len(half.labels), []
         for number, (setting, why) in enumerate(roles.items()):
-            result = reattack(
+            under_way = _Part(self.report, f"attacking candidates ({which} half)", number * each, len(roles) * each)
+            found.append(Candidate(setting, tuple(why), self._candidate(setting, half, under_way)))
+            under_way(each)
+        return found
+
+    def _candidate(self, setting: Setting | None, half: _Half, progress: Callable[[int], None]) -> Reattacked:
+        plan = self.plan
+
+        def attack() -> Reattacked:
+            return reattack(
                 build(setting, self.splits, self.rankings) if setting else self.undefended,
                 half.images,
                 half.labels,
-                self.plan.budget,
-                attacks_by_name(self.plan.adaptive_attacks, self.plan.effort),
+                plan.budget,
+                attacks_by_name(plan.adaptive_attacks, plan.effort),
                 half.fixed,
-                redraws=self.plan.redraws,
-                seed=self.plan.seed,
-                progress=lambda done, before=number * each: self.report(  # type: ignore[misc]
-                    f"attacking candidates ({which} half)", before + done, len(roles) * each
-                ),
+                redraws=plan.redraws,
+                seed=plan.seed,
+                progress=progress,
             )
-            found.append(Candidate(setting, tuple(why), result))
-        return found
+
+        return self.kept.get_or_compute(self._deciding(setting, half), attack)
+
+    def _deciding(self, setting: Setting | None, half: _Half) -> dict[str, object]:
+        """All that a candidate's result depends on."""
+        plan = self.plan
+        scores = [self.rankings[setting.method, setting.layer].scores] if setting else []
+        return {
+            "setting": asdict(setting) if setting else None,
+            "model": self.undefended.model_digest,
+            "tensors": digest_of(half.images, half.labels, *half.fixed.values(), *scores),
+            "plan": [asdict(plan.budget), list(plan.adaptive_attacks), asdict(plan.effort), plan.redraws, plan.seed],
+        }

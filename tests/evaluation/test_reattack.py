@@ -1,5 +1,7 @@
 """Two pixels, two classes: whether an attack of radius epsilon can swap them is read off the image."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,6 +9,7 @@ from torch import Tensor
 from defense import DefendedClassifier, SplitClassifier
 from evaluation.attacks import Budget, Effort, attacks_by_name
 from evaluation.tuning.adaptive import Judged, Reattacked, judge, pseudo_label_table, reattack
+from evaluation.tuning.kept import KeptResults
 from evaluation.tuning.settings import Setting
 from evaluation.tuning.tune import Plan, halves, tune
 from toy_models import PixelNet, importance_of
@@ -125,3 +128,21 @@ def test_tuning_finds_the_setting_that_keeps_the_right_neurons() -> None:
     assert roles == {None: ("undefended",), 3: ("current", "varied"), 1: ("front", "varied"), 2: ("varied",)}
     assert found.chosen == current  # equal to k = 1, and it came first
     assert [c.roles for c in found.final] == [("undefended",), ("current",)]
+
+
+def test_a_kept_result_comes_back_whole_and_only_for_what_it_was_computed_for(tmp_path: Path) -> None:
+    judged = Judged(torch.tensor([[True, False]]), torch.tensor([[False, True]]), torch.tensor([True, True]))
+    found = Reattacked(
+        torch.tensor([0.5, 1.0]),
+        torch.tensor([True, False]),
+        torch.tensor([False, False]),
+        {"clean": judged, "an attack": judged},
+    )
+    kept = KeptResults(tmp_path)
+    kept.get_or_compute({"seed": 0}, lambda: found)
+    again = kept.get_or_compute({"seed": 0}, lambda: pytest.fail("computed twice"))
+    assert torch.equal(again.clean, found.clean) and torch.equal(again.fixed, found.fixed)
+    assert list(again.versions) == ["clean", "an attack"]
+    assert torch.equal(again.versions["an attack"].pseudo_label, judged.pseudo_label)
+    with pytest.raises(pytest.fail.Exception):
+        kept.get_or_compute({"seed": 1}, lambda: pytest.fail("computed"))
