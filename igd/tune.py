@@ -42,6 +42,7 @@ def tune(
     attacks: Annotated[str, typer.Option(help="Of each candidate itself.")] = "eot-ce,bpda-cw",
     steps: Annotated[int, typer.Option(min=1, help="Gradient steps of an attack.")] = 20,
     eot: Annotated[int, typer.Option(min=1, help="Gradients averaged in a step, where there is noise.")] = 4,
+    queries: Annotated[int, typer.Option(min=1, help="Of square, if it is among the attacks.")] = 500,
     candidates: Annotated[int, typer.Option(min=1, help="Settings of the front to attack themselves.")] = 3,
     max_clean_loss: Annotated[float, typer.Option(min=0, help="Of clean accuracy, that these may lose.")] = 0.02,
     vary: Annotated[
@@ -97,7 +98,7 @@ def tune(
             values=values,
             fixed_attacks=_items(fixed_attacks, str),
             adaptive_attacks=_items(attacks, str),
-            effort=Effort(steps=steps, eot=eot, draws=3),
+            effort=Effort(steps=steps, eot=eot, queries=queries, draws=3),
             candidates=candidates,
             max_clean_loss=max_clean_loss,
             vary=_items(vary, str),
