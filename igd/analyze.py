@@ -1,5 +1,7 @@
 """``igd analyze``: what an attack does to the neurons that matter, and to those that do not."""
 
+import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -7,15 +9,23 @@ import torch
 import typer
 from torch import Tensor
 
-from defense import NeuronImportance, SplitClassifier, load_classifier, load_importance, read_config, top_k_masks
-from defense.probe import load_probe_set
-from defense.ranking import rank_neurons
+from defense import (
+    DefendedClassifier,
+    NeuronImportance,
+    SplitClassifier,
+    load_classifier,
+    load_importance,
+    load_probe_set,
+    rank_neurons,
+    read_config,
+)
 from igd.evaluate import NormName
 from igd.options import Model, settings_of
 from igd.progress import progress_bar
 
 if TYPE_CHECKING:
-    from evaluation.attacks import Attack, Effort
+    from evaluation.attacks import Budget
+    from evaluation.test_images import TestImages
 
 
 def analyze(
@@ -47,49 +57,53 @@ def analyze(
     """
     from evaluation.analysis import analyze as analyze_neurons
     from evaluation.analysis_plots import write_analysis
-    from evaluation.attacks import Budget, Effort
+    from evaluation.attacks import Budget
     from evaluation.test_images import TestImages, open_data
 
+    torch.set_flush_denormal(True)  # denormal numbers slow a CPU down many times
     directory = settings_of(model).model
     config = read_config(directory)
     split = SplitClassifier(load_classifier(directory).requires_grad_(False), layer or config.defense.layer)
     ranking = importance_at(directory, split, importance)
-    masks = top_k_masks(ranking.scores, top_k or min(config.defense.top_k, split.num_neurons))
+    top_k = top_k or min(config.defense.top_k, split.num_neurons)
+    masks = DefendedClassifier(split, ranking, top_k=top_k).masks  # which checks that the ranking fits
     shown = TestImages(open_data(data, config.labels, directory), config.input, n)
-    effort, budget = Effort(steps=steps), Budget(epsilon, norm.value)
-    run, adversarial = _named(attack, effort), list[Tensor]()
-    torch.set_flush_denormal(True)  # denormal numbers slow a CPU down many times
-    with progress_bar() as bar:
-        task = bar.add_task(attack, total=len(shown))
-        for block in shown.blocks(batch_size):
-            adversarial.append(run(split, block.images, block.labels, budget, seed=seed + block.start))
-            bar.advance(task, len(block.labels))
-    found = analyze_neurons(split, masks, shown.images, torch.cat(adversarial), shown.labels, batch_size=batch_size)
+    adversarial = _attacked(attack, steps, split, shown, Budget(epsilon, norm.value), seed, batch_size)
+    found = analyze_neurons(split, masks, shown.images, adversarial, shown.labels, batch_size=batch_size)
     facts = {
-        "title": f"{config.name}: neurons of {split.layer} under {attack}, {norm.value} {epsilon:g} ({ranking.method}, "
-        f"top {int(masks[0].sum())} of {split.num_neurons})",
-        "model": config.name,
+        "title": f"{config.name}: neurons of {split.layer} under {attack}, {norm.value} {epsilon:.4g} "
+        f"({ranking.method}, top {top_k} of {split.num_neurons})",
+        "command": shlex.join(["igd", *sys.argv[1:]]),
         "model_digest": split.model_digest,
         "layer": split.layer,
         "ranking": ranking.metadata(),
-        "top_k": int(masks[0].sum()),
+        "top_k": top_k,
         "attack": {"name": attack, "epsilon": epsilon, "norm": norm.value, "steps": steps, "seed": seed},
         "data": {"name": shown.name, "images": len(shown), "correct_before": len(found.indices)},
         "attack_class": "the prediction of the attacked image; of failed attacks, the wrong class of the highest logit",
     }
-    paths = write_analysis(found, out, facts=facts, class_names=config.labels, image=image)
-    for path in paths:
+    for path in write_analysis(found, out, facts=facts, class_names=config.labels, image=image):
         typer.echo(path)
 
 
-def _named(name: str, effort: "Effort") -> "Attack":
-    from evaluation.attacks import attack_by_name
+def _attacked(
+    name: str, steps: int, split: SplitClassifier, shown: "TestImages", budget: "Budget", seed: int, batch_size: int
+) -> Tensor:
+    """The images' attacked copies, [n, C, H, W]."""
+    from evaluation.attacks import Effort, attack_by_name
     from evaluation.errors import EvaluationError
 
     try:
-        return attack_by_name(name, effort)
+        attack = attack_by_name(name, Effort(steps=steps))
     except ValueError as error:
         raise EvaluationError(str(error)) from error
+    adversarial = []
+    with progress_bar() as bar:
+        task = bar.add_task(name, total=len(shown))
+        for block in shown.blocks(batch_size):
+            adversarial.append(attack(split, block.images, block.labels, budget, seed=seed + block.start))
+            bar.advance(task, len(block.labels))
+    return torch.cat(adversarial)
 
 
 def importance_at(directory: Path, split: SplitClassifier, file: Path | None) -> NeuronImportance:

@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from defense import ImportanceMismatch
 from evaluation.analysis import GROUPS
 from evaluation.errors import EvaluationError
 from igd.cli import app
@@ -39,6 +40,11 @@ def test_any_layer_and_any_attack_by_name(tiny_model: Path, tmp_path: Path) -> N
 def test_the_same_seed_gives_the_same_numbers(tiny_model: Path, tmp_path: Path) -> None:
     first, second = (analyze(tiny_model, tmp_path / name, "--seed", 3) for name in "ab")
     assert first == second
+
+
+def test_a_ranking_of_another_layer_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ImportanceMismatch):
+        analyze(tiny_model, tmp_path, "--layer", "layer3", "--importance", tiny_model / "importance.safetensors")
 
 
 def test_an_unknown_attack_and_an_image_that_was_wrong_before_are_refused(tiny_model: Path, tmp_path: Path) -> None:
