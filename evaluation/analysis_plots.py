@@ -115,7 +115,7 @@ def _groups(summary: Numbers, title: str) -> Figure:
         axes.axhline(0, color="black", linewidth=0.8)
         for place, group in enumerate(GROUPS):
             _bar(axes, place, group, numbers["change"][group])
-        axes.set_title(f"{numbers['images']} {outcome} attacks{_shares(numbers)}", fontsize=10)
+        axes.set_title(f"{numbers['images']} {outcome} attacks{_shares(numbers)}", fontsize=9)
         axes.set_xticks(range(len(GROUPS)), [group.replace(" ", "\n") for group in GROUPS], fontsize=9)
         axes.grid(alpha=0.3, axis="y")
         axes.margins(y=0.15)
