@@ -3,6 +3,7 @@
 import importlib
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ def targets_of_factory(path: str, images: Tensor) -> list[Target]:
         EvaluationError: no such function, or it returns something else.
     """
     made = _call(path)
-    models = made if isinstance(made, dict) else {"model": made}
+    models: dict[str, Any] = made if isinstance(made, dict) else {"model": made}
     wrong = [name for name, model in models.items() if not isinstance(model, nn.Module)]
     if wrong or not models:
         raise EvaluationError(f"expected {path} to return a torch.nn.Module, or a dict of them by name; got {made!r}")

@@ -41,12 +41,14 @@ def _machine() -> dict[str, Any]:
 
 def _commit() -> str | None:
     """The commit of the source tree, with a plus where files differ from it; None outside of git."""
-    here = Path(__file__).parent
     try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)  # noqa: S607
-        changed = subprocess.run(
-            ["git", "diff", "--quiet", "HEAD", "--", ":/defense", ":/evaluation"], cwd=here, check=False
-        ).returncode
+        head = _git("rev-parse", "HEAD").strip()
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":/defense", ":/evaluation")
     except (OSError, subprocess.CalledProcessError):
         return None
-    return head.stdout.strip() + ("+" if changed else "")
+    return head + ("+" if changed else "")
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", *arguments]
+    return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout  # noqa: S603

@@ -8,7 +8,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +34,17 @@ class BlockFile:
     """
 
     def __init__(self, folder: Path, target: str, seed: int, start: int, stop: int, identity: Record) -> None:
-        place = Path(slug(target), f"seed{seed}", f"{start:05d}-{stop:05d}")
-        self.path = folder / "outcomes" / place.with_suffix(".json")
-        self.adversarial_folder = folder / "adversarial" / place
+        self.path = folder / "outcomes" / _place(target, seed, start, stop).with_suffix(".json")
+        self.adversarial_folder = self.adversarial_of(folder, target, seed, start, stop)
         self.data: Record = {"format": FORMAT, **identity, "target": target, "seed": seed, "start": start, "stop": stop}
         self.data["attacks"] = {}
         if self.path.exists():
             self._take_over(read_json(self.path), identity)
+
+    @staticmethod
+    def adversarial_of(folder: Path, target: str, seed: int, start: int, stop: int) -> Path:
+        """The folder of a block's adversarial images, one ``.npz`` an attack."""
+        return folder / "adversarial" / _place(target, seed, start, stop)
 
     def save_attack(self, name: str, record: Record, adversarial: Tensor | None = None) -> None:
         """Add an attack's outcomes, and keep its images."""
@@ -101,6 +105,19 @@ class Outcomes:
     def __len__(self) -> int:
         return len(self.clean)
 
+    def cut(self, n: int) -> "Outcomes":
+        """The same of the first n images; the cost stays that of the whole blocks, in proportion."""
+        share = n / len(self)
+        return replace(
+            self,
+            clean=self.clean[:n],
+            after={name: values[:n] for name, values in self.after.items()},
+            alone={name: values[:n] for name, values in self.alone.items()},
+            labels=self.labels[:n],
+            calls=(round(self.calls[0] * share), round(self.calls[1] * share)),
+            noise_known=None if self.noise_known is None else self.noise_known[:n],
+        )
+
 
 def read_outcomes(folder: Path, target: str, seed: int, attacks: Sequence[str], n: int | None = None) -> Outcomes:
     """Put the blocks together that have all these attacks, from the first on, up to the first that is missing.
@@ -109,25 +126,27 @@ def read_outcomes(folder: Path, target: str, seed: int, attacks: Sequence[str], 
         EvaluationError: not even the first block is there.
     """
     blocks: list[Record] = []
-    for path in sorted((folder / "outcomes" / slug(target) / f"seed{seed}").glob("*.json")):
-        block = read_json(path)
+    files = (folder / "outcomes" / slug(target) / f"seed{seed}").glob("*.json")
+    # Of two blocks that start at the same image, the longer one is of a later sitting.
+    for block in sorted(map(read_json, files), key=lambda block: (block["start"], -block["stop"])):
         follows = block["start"] == (blocks[-1]["stop"] if blocks else 0)
         if follows and "clean" in block and all(name in block["attacks"] for name in attacks):
             blocks.append(block)
     if not blocks:
         raise EvaluationError(f"no finished block of '{target}' with seed {seed} in {folder}; run igd evaluate first")
-    return _joined(target, seed, blocks, attacks, n)
+    outcomes = _joined(target, seed, blocks, attacks)
+    return outcomes if n is None or n >= len(outcomes) else outcomes.cut(n)
 
 
-def _joined(target: str, seed: int, blocks: list[Record], attacks: Sequence[str], n: int | None) -> Outcomes:
-    clean = np.concatenate([np.array(b["clean"]) / b["redraws"] for b in blocks])[:n]
+def _joined(target: str, seed: int, blocks: list[Record], attacks: Sequence[str]) -> Outcomes:
+    clean = np.concatenate([np.array(b["clean"]) / b["redraws"] for b in blocks])
     worst, after, alone = clean, {}, {}
     for name in attacks:
         own = np.full(blocks[-1]["stop"], np.nan)
         for block in blocks:
             record = block["attacks"][name]
             own[np.array(record["attacked"], dtype=int)] = np.array(record["correct"]) / block["redraws"]
-        alone[name] = own[:n]
+        alone[name] = own
         worst = after[name] = np.fmin(worst, alone[name])
     records = [record for block in blocks for name, record in block["attacks"].items() if name in attacks]
     return Outcomes(
@@ -136,14 +155,14 @@ def _joined(target: str, seed: int, blocks: list[Record], attacks: Sequence[str]
         clean=clean,
         after=after,
         alone=alone,
-        labels=np.concatenate([np.array(b["labels"]) for b in blocks])[:n],
+        labels=np.concatenate([np.array(b["labels"]) for b in blocks]),
         calls=(sum(r["gradient_calls"] for r in records), sum(r["forward_calls"] for r in records)),
         seconds=sum(r["seconds"] for r in records),
-        noise_known=_noise_known(blocks, n),
+        noise_known=_noise_known(blocks),
     )
 
 
-def _noise_known(blocks: list[Record], n: int | None) -> NDArray[np.float64] | None:
+def _noise_known(blocks: list[Record]) -> NDArray[np.float64] | None:
     """[n], 0 where the fixed-noise attack fools the defense under the noise that it knew."""
     known = np.ones(blocks[-1]["stop"])
     for block in blocks:
@@ -151,7 +170,11 @@ def _noise_known(blocks: list[Record], n: int | None) -> NDArray[np.float64] | N
         if "correct_if_known" not in record:
             return None
         known[np.array(record["attacked"], dtype=int)] = record["correct_if_known"]
-    return known[:n]
+    return known
+
+
+def _place(target: str, seed: int, start: int, stop: int) -> Path:
+    return Path(slug(target), f"seed{seed}", f"{start:05d}-{stop:05d}")
 
 
 def slug(name: str) -> str:
@@ -160,6 +183,7 @@ def slug(name: str) -> str:
 
 
 def read_json(path: Path) -> Record:
+    """A file that ``write_json`` wrote."""
     data: Record = json.loads(path.read_text(encoding="utf-8"))
     return data
 

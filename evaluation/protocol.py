@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from defense import DefendedClassifier
 from defense.shards import rank_and_world
 from evaluation.attacks import ATTACKS, FixedNoise
 from evaluation.outcomes import BlockFile, Record
@@ -120,19 +121,30 @@ class _BlockRun:
 
 @torch.no_grad()
 def right_draws(model: nn.Module, images: Tensor, labels: Tensor, redraws: int, seed: int) -> Tensor:
-    """How many of so many noise draws get each image right, [B] int64."""
+    """How many of so many noise draws get each image right, [B] int64.
+
+    A DefendedClassifier is handed its noise: a mistake in how it draws its own would flatter it.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        right = [model(images).argmax(dim=1) == labels for _ in range(redraws)]
+        right = [_with_fresh_noise(model, images).argmax(dim=1) == labels for _ in range(redraws)]
     return torch.stack(right).sum(dim=0)
+
+
+def _with_fresh_noise(model: nn.Module, images: Tensor) -> Tensor:
+    if isinstance(model, DefendedClassifier) and model.sigma:
+        noise = torch.randn((model.num_noise_samples, *images.shape), dtype=images.dtype, device=images.device)
+        logits: Tensor = model(images, noise)
+        return logits
+    logits = model(images)
+    return logits
 
 
 @torch.no_grad()
 def _right_with_known_noise(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    from defense import DefendedClassifier
-
     known = FixedNoise(model) if isinstance(model, DefendedClassifier) else model
-    return (known(images).argmax(dim=1) == labels).int()
+    right: Tensor = known(images).argmax(dim=1) == labels
+    return right.int()
 
 
 def seed_of(seed: int, purpose: str, start: int) -> int:

@@ -64,6 +64,7 @@ class Evaluation:
         torch.set_flush_denormal(True)  # gradients of saturated images are denormal, and these are slow on CPUs
         self.job, self.settings, self.folder = job, settings, folder
         self.images = _test_images(job)
+        self.class_names = self.images.class_names or [str(c) for c in range(int(self.images.labels.max()) + 1)]
         self.targets, self.checks = _targets(job, self.images)
         self.curve = _curve(job, settings, self.images)
         if rank_and_world()[0] == 0:
@@ -117,8 +118,9 @@ def _test_images(job: Job) -> TestImages:
     else:
         assert job.model is not None
         description = read_config(job.model)
-        dataset, config = open_data(job.data, description.labels, job.model), description.input
-    return TestImages(dataset, config, _how_many(job, dataset))
+        labels = list(description.labels)
+        dataset, config = open_data(job.data, labels, job.model), description.input
+    return TestImages(dataset, config, _how_many(job, dataset), labels)
 
 
 def _how_many(job: Job, dataset: ProbeSet) -> int:

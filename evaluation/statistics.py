@@ -36,7 +36,7 @@ def mcnemar_p(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> float:
     wins, losses = int((first & ~second).sum()), int((~first & second).sum())
     total = wins + losses
     tail = sum(math.comb(total, k) for k in range(min(wins, losses) + 1)) / 2**total
-    return min(1.0, 2 * tail)
+    return float(min(1.0, 2 * tail))
 
 
 @dataclass(frozen=True)

@@ -56,11 +56,12 @@ class TestImages:
 
     __test__ = False  # for pytest, which takes the name for tests
 
-    def __init__(self, dataset: ProbeSet, config: InputConfig | None, n: int) -> None:
+    def __init__(self, dataset: ProbeSet, config: InputConfig | None, n: int, class_names: Sequence[str] = ()) -> None:
         if not 1 <= n <= len(dataset):
             raise EvaluationError(f"expected 1 to {len(dataset)} images of '{dataset.name}', got n = {n}")
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(ORDER_SEED))[:n].tolist()
-        self.name, self.indices, self.labels = dataset.name, order, dataset.labels[order]
+        self.name, self.class_names = dataset.name, tuple(class_names or dataset.class_names)
+        self.indices, self.labels = order, dataset.labels[order]
         pixels = [torch.tensor(dataset.pixels(i, config)) for i in order]
         self.images = torch.stack(pixels).permute(0, 3, 1, 2).float() / 255
 

@@ -135,7 +135,7 @@ class _Calls:
 class _Counted(nn.Module):
     def __init__(self, model: nn.Module, count: _Calls, bfloat16: bool = False) -> None:
         super().__init__()
-        self.model, self.count, self.bfloat16 = model, count, bfloat16
+        self.model, self.count, self.in_bfloat16 = model, count, bfloat16
 
     def forward(self, images: Tensor) -> Tensor:
         differentiated = torch.is_grad_enabled() and images.requires_grad
@@ -143,7 +143,7 @@ class _Counted(nn.Module):
             self.count.gradient += len(images)
         else:
             self.count.forward += len(images)
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bfloat16 and differentiated):
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.in_bfloat16 and differentiated):
             logits: Tensor = self.model(images)
         return logits.float()
 

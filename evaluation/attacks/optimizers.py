@@ -47,7 +47,7 @@ def apgd_targeted(place: int, steps: int = 100, eot: int = 1) -> Optimizer:
     """
 
     def run(surrogate: nn.Module, images: Tensor, labels: Tensor, budget: Budget) -> Tensor:
-        if _num_classes(surrogate, images) < 4:  # the ratio needs four logits
+        if _num_classes(surrogate, images) < 4:  # that ratio needs four logits
             return apgd("cw", steps, eot)(surrogate, images, labels, budget)
         attack = APGDAttack_targeted(surrogate, **_settings(budget, steps, eot))
         attack.y_target = _class_in_place(surrogate, images, labels, place)
@@ -63,7 +63,7 @@ def fab_targeted(place: int, steps: int = 100) -> Optimizer:
         attack = FABAttack_PT(
             surrogate, norm=budget.norm, n_iter=steps, eps=budget.epsilon, targeted=True, device=images.device
         )
-        attack.target_class = place + 1
+        attack.target_class = min(place + 1, _num_classes(surrogate, images))
         found: Tensor = attack.attack_single_run(images, labels, is_targeted=True)
         far = budget.distance(found, images) > budget.epsilon
         return torch.where(far.view(-1, 1, 1, 1), images, found).detach()
@@ -114,7 +114,7 @@ def _class_in_place(surrogate: nn.Module, images: Tensor, labels: Tensor, place:
     """The class in this place of the logits of each image, its label counted as place 0."""
     logits: Tensor = surrogate(images)
     logits = logits.scatter(1, labels[:, None], torch.inf)
-    return logits.argsort(dim=1, descending=True)[:, place]
+    return logits.argsort(dim=1, descending=True)[:, min(place, logits.shape[1] - 1)]
 
 
 @torch.no_grad()
