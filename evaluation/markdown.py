@@ -21,8 +21,8 @@ def markdown_of(report: Report, plots: Sequence[str]) -> str:
         targets_table(report),
         "*Clean*: mean over noise draws. *Worst case*: right in every draw of every adversarial image found, with "
         "Wilson's 95% interval. *One draw*: the mean share of right draws of each image's worst adversarial image: "
-        "what a caller meets who asks once. *Noise known*: worst case if the attack knew the noise. *Calls*: images through "
-        "a model with and without gradient, for each image of the table.",
+        "what a caller meets who asks once. *Noise known*: worst case if the attack knew the noise. *Calls*: images "
+        "through a model with and without gradient, for each image of the table.",
         "## Against the controls, on the same images",
         differences_table(report),
         "Intervals: paired bootstrap, 95%. p: McNemar's exact test.",

@@ -25,7 +25,8 @@ def data(tmp_path_factory) -> Path:
 
 
 def command(data: Path, out: Path, *more: str, launcher: tuple[str, ...] = ("-m", "igd")) -> list[str]:
-    options = ["--factory", "toy_factory:make", "--epsilon", "0.1", "-n", "24", "--block-size", "4", "--steps", "60", "--eot", "6", "--redraws", "4"]
+    size = "-n 24 --block-size 4 --steps 60 --eot 6 --redraws 4"
+    options = f"--factory toy_factory:make --epsilon 0.1 {size}".split()
     return [
         *(sys.executable, *launcher, "evaluate", *options, "--attacks", ATTACKS),
         *("--data", str(data), "--out", str(out), *more),
