@@ -106,10 +106,12 @@ def attacks_table(name: str, rows: Sequence[dict[str, Any]]) -> str:
             str(row["broke_first"]),
             f"{percent(row['left'])} ({percent(row['left_low'])} to {percent(row['left_high'])})",
             percent(row["left_one_draw"]),
+            f"{row['gradient_calls_an_image_tried']:,.0f} / {row['forward_calls_an_image_tried']:,.0f}",
         ]
         for row in rows
     ]
-    return f"**{name}**\n\n" + table(["attack", "tried on", "broke first", "left %, every draw", "one draw"], cells)
+    header = ["attack", "tried on", "broke first", "left %, every draw", "one draw", "calls an image tried"]
+    return f"**{name}**\n\n" + table(header, cells)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -108,7 +108,7 @@ def test_images_that_are_broken_or_misclassified_cost_no_gradient(tmp_path):
     wrong = ArrayProbeSet("wrong", grays(4).images, torch.ones(4, dtype=torch.int64))
     run_protocol(targets(), TestImages(wrong, None, 4), SETTINGS, tmp_path)
     outcomes = read_outcomes(tmp_path, "defended", 0, ATTACKS)
-    assert outcomes.calls == (0, 0)
+    assert outcomes.calls == dict.fromkeys(ATTACKS, (0, 0))
     assert outcomes.clean.tolist() == [0, 0, 0, 0]
 
 
