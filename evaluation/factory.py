@@ -31,7 +31,8 @@ def targets_of_factory(path: str, images: Tensor) -> list[Target]:
     wrong = [name for name, model in models.items() if not isinstance(model, nn.Module)]
     if wrong or not models:
         raise EvaluationError(f"expected {path} to return a torch.nn.Module, or a dict of them by name; got {made!r}")
-    return [Target(name, _prepared(model, images), f"{path}", path) for name, model in models.items()]
+    first = next(iter(models)) if len(models) > 1 else None
+    return [Target(name, _prepared(model, images), path, path, name == first) for name, model in models.items()]
 
 
 def labels_of_factory(path: str) -> list[str] | None:

@@ -21,8 +21,8 @@ def markdown_of(report: Report, plots: Sequence[str]) -> str:
         targets_table(report),
         "*Clean*: mean over noise draws. *Worst case*: right in every draw of every adversarial image found, with "
         "Wilson's 95% interval. *One draw*: the mean share of right draws of each image's worst adversarial image: "
-        "what a caller meets who asks once. *Noise known*: worst case if the attack knew the noise. *Calls*: images through "
-        "a model with and without gradient, for each image of the table.",
+        "what a caller meets who asks once. *Noise known*: worst case if the attack knew the noise. *Calls*: images "
+        "through a model with and without gradient, for each image of the table.",
         "## Against the controls, on the same images",
         differences_table(report),
         "Intervals: paired bootstrap, 95%. p: McNemar's exact test.",
@@ -106,10 +106,12 @@ def attacks_table(name: str, rows: Sequence[dict[str, Any]]) -> str:
             str(row["broke_first"]),
             f"{percent(row['left'])} ({percent(row['left_low'])} to {percent(row['left_high'])})",
             percent(row["left_one_draw"]),
+            f"{row['gradient_calls_an_image_tried']:,.0f} / {row['forward_calls_an_image_tried']:,.0f}",
         ]
         for row in rows
     ]
-    return f"**{name}**\n\n" + table(["attack", "tried on", "broke first", "left %, every draw", "one draw"], cells)
+    header = ["attack", "tried on", "broke first", "left %, every draw", "one draw", "calls an image tried"]
+    return f"**{name}**\n\n" + table(header, cells)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -79,7 +79,8 @@ class Outcomes:
         clean: [n], share of redraws that get the clean image right.
         after: by attack, [n], the smallest share of right redraws of any image found so far (clean included).
         attacked: by attack, [n] bool, whether it was tried. alone: by attack, [n], its own share, NaN if not tried.
-        labels: [n]. calls: gradient and forward calls, all images together.
+        labels: [n]. calls: by attack, gradient and forward calls, all images together. seconds: of all attacks.
+        noise_known: [n], 0 where the fixed-noise attack fools the defense under the noise that it knew.
     """
 
     target: str
@@ -88,7 +89,7 @@ class Outcomes:
     after: dict[str, NDArray[np.float64]]
     alone: dict[str, NDArray[np.float64]]
     labels: NDArray[np.int64]
-    calls: tuple[int, int]
+    calls: dict[str, tuple[int, int]]
     seconds: float
     noise_known: NDArray[np.float64] | None = None
 
@@ -114,7 +115,7 @@ class Outcomes:
             after={name: values[:n] for name, values in self.after.items()},
             alone={name: values[:n] for name, values in self.alone.items()},
             labels=self.labels[:n],
-            calls=(round(self.calls[0] * share), round(self.calls[1] * share)),
+            calls={name: (round(g * share), round(f * share)) for name, (g, f) in self.calls.items()},
             noise_known=None if self.noise_known is None else self.noise_known[:n],
         )
 
@@ -148,7 +149,6 @@ def _joined(target: str, seed: int, blocks: list[Record], attacks: Sequence[str]
             own[np.array(record["attacked"], dtype=int)] = np.array(record["correct"]) / block["redraws"]
         alone[name] = own
         worst = after[name] = np.fmin(worst, alone[name])
-    records = [record for block in blocks for name, record in block["attacks"].items() if name in attacks]
     return Outcomes(
         target=target,
         seed=seed,
@@ -156,10 +156,14 @@ def _joined(target: str, seed: int, blocks: list[Record], attacks: Sequence[str]
         after=after,
         alone=alone,
         labels=np.concatenate([np.array(b["labels"]) for b in blocks]),
-        calls=(sum(r["gradient_calls"] for r in records), sum(r["forward_calls"] for r in records)),
-        seconds=sum(r["seconds"] for r in records),
+        calls={name: _calls([block["attacks"][name] for block in blocks]) for name in attacks},
+        seconds=sum(block["attacks"][name]["seconds"] for block in blocks for name in attacks),
         noise_known=_noise_known(blocks),
     )
+
+
+def _calls(records: list[Record]) -> tuple[int, int]:
+    return sum(r["gradient_calls"] for r in records), sum(r["forward_calls"] for r in records)
 
 
 def _noise_known(blocks: list[Record]) -> NDArray[np.float64] | None:

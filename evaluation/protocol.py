@@ -134,10 +134,10 @@ def right_draws(model: nn.Module, images: Tensor, labels: Tensor, redraws: int, 
 def _with_fresh_noise(model: nn.Module, images: Tensor) -> Tensor:
     if isinstance(model, DefendedClassifier) and model.sigma:
         noise = torch.randn((model.num_noise_samples, *images.shape), dtype=images.dtype, device=images.device)
-        logits: Tensor = model(images, noise)
-        return logits
-    logits = model(images)
-    return logits
+        answer: Tensor = model(images, noise)
+    else:
+        answer = model(images)
+    return answer
 
 
 @torch.no_grad()

@@ -102,7 +102,7 @@ Curves = dict[str, list[dict[str, float]]]
 def _row(result: Result) -> dict[str, Any]:
     n, robust = len(result.worst), int(result.robust.sum())
     low, high = wilson_interval(robust, n)
-    gradient, forward = (sum(o.calls[i] for o in result.seeds) / n for i in (0, 1))
+    gradient, forward = (sum(calls[i] for o in result.seeds for calls in o.calls.values()) / n for i in (0, 1))
     row: dict[str, Any] = {
         "target": result.target.name,
         "about": result.target.about,
@@ -146,10 +146,13 @@ def _attack_rows(outcomes: Outcomes) -> list[dict[str, Any]]:
     for name, after in outcomes.after.items():
         left = int((after >= 1).sum())
         low, high = wilson_interval(left, n)
+        tried_on = int(np.isfinite(outcomes.alone[name]).sum())
         rows.append(
             {
                 "attack": name,
-                "tried_on": int(np.isfinite(outcomes.alone[name]).sum()),
+                "tried_on": tried_on,
+                "gradient_calls_an_image_tried": outcomes.calls[name][0] / max(tried_on, 1),
+                "forward_calls_an_image_tried": outcomes.calls[name][1] / max(tried_on, 1),
                 "broke_first": int(((before >= 1) & (after < 1)).sum()),
                 "left": left / n,
                 "left_low": low,
@@ -168,7 +171,7 @@ def _looks_for(name: str) -> str:
 def _curves(evaluation: "Evaluation") -> Curves:
     """Robust accuracy over epsilon, by target; nothing where the curve is not finished."""
     curves: Curves = {}
-    for target in evaluation.targets:
+    for target in evaluation.curve_targets:
         points = []
         for name, (settings, images) in evaluation.curve.items():
             try:

@@ -21,7 +21,15 @@ from evaluation.factory import labels_of_factory, targets_of_factory
 from evaluation.manifest import write_manifest
 from evaluation.protocol import num_steps, run_protocol
 from evaluation.settings import RunSettings, curve_epsilons
-from evaluation.targets import CONTROLS, Target, defense_targets, two_passes_without_masks
+from evaluation.targets import (
+    CONTROLS,
+    NOISE_ONLY,
+    UNDEFENDED,
+    Target,
+    defense_targets,
+    two_passes_without_masks,
+    without_noise,
+)
 from evaluation.test_images import TestImages, open_data
 
 # Both ways into the defense, and the way around its gradients: enough to see a curve go to zero.
@@ -67,12 +75,13 @@ class Evaluation:
         self.class_names = self.images.class_names or [str(c) for c in range(int(self.images.labels.max()) + 1)]
         self.targets, self.checks = _targets(job, self.images)
         self.curve = _curve(job, settings, self.images)
+        self.curve_targets = _curve_targets(self.targets)
         if rank_and_world()[0] == 0:
             write_manifest(folder, self.description(), command)
 
     @property
     def num_steps(self) -> int:
-        curve = sum(num_steps(self.targets, len(images), settings) for settings, images in self.curve.values())
+        curve = sum(num_steps(self.curve_targets, len(images), settings) for settings, images in self.curve.values())
         return curve + num_steps(self.targets, len(self.images), self.settings)
 
     def run(self, progress: Callable[[str], None] = lambda step: None) -> None:
@@ -86,7 +95,9 @@ class Evaluation:
             progress=progress,
         )
         for name, (settings, images) in self.curve.items():
-            run_protocol(self.targets, images, settings, self.folder / name, keep_adversarial=False, progress=progress)
+            run_protocol(
+                self.curve_targets, images, settings, self.folder / name, keep_adversarial=False, progress=progress
+            )
 
     def report(self) -> list[Path]:
         """Write the report of all that is done; the paths of its files."""
@@ -147,6 +158,13 @@ def _importances(job: Job) -> dict[str, NeuronImportance]:
             f"expected an importance in {job.model}, found none; run 'igd rank --output FILE' and pass --importance"
         )
     return {DEFENDED: own}
+
+
+def _curve_targets(targets: list[Target]) -> list[Target]:
+    """The undefended model, the first defense with and without noise, noise only: a curve of all would be a tangle."""
+    first = next((target for target in targets if not target.is_control), targets[0])
+    names = {UNDEFENDED, NOISE_ONLY, targets[0].name, first.name, without_noise(first.name)}
+    return [target for target in targets if target.name in names]
 
 
 def _curve(job: Job, settings: RunSettings, images: TestImages) -> dict[str, tuple[RunSettings, TestImages]]:

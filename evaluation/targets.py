@@ -68,8 +68,13 @@ def defense_targets(
         still = settings.model_copy(update={"sigma": 0.0})
         for name, importance in importances.items():
             masked = DefendedClassifier(split, importance, **still.arguments)
-            targets.append(_target(f"{name}, no noise", masked, "Masks without noise.", _print(masked)))
+            targets.append(_target(without_noise(name), masked, "Masks without noise.", _print(masked)))
     return targets
+
+
+def without_noise(name: str) -> str:
+    """The name of a defense with masks only."""
+    return f"{name}, no noise"
 
 
 def random_importance(split: SplitClassifier, seed: int) -> NeuronImportance:

@@ -26,7 +26,7 @@ def classify(
 ) -> None:
     """Classify image files: a table of undefended prediction, pseudo-label and defended prediction."""
     settings = settings_of(model, redis_url, data_dir)
-    predictor = Predictor(settings.model, device=settings.device, threads=settings.threads)
+    predictor = Predictor.of(settings, max_batch_size=1)
     defense = predictor.prepare(*_active_importance(settings, predictor.model_digest))
     labels = predictor.config.labels
 

@@ -13,12 +13,15 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import CancelledError, Executor, Future
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, inf
 from typing import Generic, TypeVar
 
+from service.device import Device
 from service.errors import Draining, NotReady, QueueFull
 
 logger = logging.getLogger(__name__)
+
+IN_PLACE_S = 0.005  # for so long the event loop may stand still
 
 Group = TypeVar("Group", bound=Hashable)
 Item = TypeVar("Item")
@@ -52,10 +55,13 @@ class Batcher(Generic[Group, Item, Result]):
     Args:
         run_batch: called on the device thread with a group and up to ``max_batch_size`` items of it; returns a result
             for each item, in order. If it raises, the items are tried one by one: only the culprit gets the error.
-        device: an executor with one thread.
+        device: an executor with one thread; with ``in_place``, a ``service.device.Device``.
         max_batch_size: items in a batch. max_queue: items admitted and not yet answered.
         max_wait_s: how long the oldest item may wait for a batch to fill although the device is free. It pays only
             where a batch costs much the same whatever its size.
+        in_place: whether items of a group may be run on the event loop's thread. They are while nothing else is in
+            progress and a lone item takes less than ``IN_PLACE_S``: the way to the device thread and back is longer
+            than the wait that the loop is spared.
         on_death: called if the dispatcher dies of a bug; by then nobody is left waiting.
         on_taken: called on the device thread with the seconds that each item of a batch has waited for it.
     """
@@ -68,19 +74,23 @@ class Batcher(Generic[Group, Item, Result]):
         max_batch_size: int,
         max_queue: int,
         max_wait_s: float = 0.0,
+        in_place: Callable[[Group], bool] = lambda group: False,
         on_death: Callable[[BaseException], None] = lambda error: None,
         on_taken: Callable[[list[float]], None] = lambda waits_s: None,
     ) -> None:
         self._run_batch, self._device, self._on_death, self._on_taken = run_batch, device, on_death, on_taken
+        self._in_place = in_place
         self.max_batch_size, self.max_queue, self.max_wait_s = max_batch_size, max_queue, max_wait_s
         self._queue: deque[_Waiting[Group, Item, Result]] = deque()
         self._taken: deque[list[_Waiting[Group, Item, Result]]] = deque()  # batches not settled yet, oldest first
         self._loop: asyncio.AbstractEventLoop | None = None
         self._busy = False  # the device has a batch, or is about to take one
+        self._due = False  # it is going to be looked whether the device has something to do
         self._timer: asyncio.TimerHandle | None = None
         self._ended = self._draining = False
         self._began_s = 0.0  # the turn under way
         self._recent_items = self._recent_s = 0.0  # of the last ten turns or so
+        self._lone_s = inf  # what the last item that was alone in its batch took
         self.in_flight = 0
 
     @property
@@ -157,7 +167,9 @@ class Batcher(Generic[Group, Item, Result]):
         request = _Request(time.perf_counter())
         waiting = [_Waiting[Group, Item, Result](group, item, loop.create_future(), now, request) for item in items]
         self._queue.extend(waiting)
-        self._begin_if_due(loop)
+        if not (self._busy or self._due):  # not at once: those that are ready to submit, too, go into the same batch
+            self._due = True
+            loop.call_soon(self._begin_if_due, loop)
         try:
             if len(waiting) == 1:  # gather costs as much as all the rest of this method
                 return [await waiting[0].answer]
@@ -170,6 +182,7 @@ class Batcher(Generic[Group, Item, Result]):
 
     def _begin_if_due(self, loop: asyncio.AbstractEventLoop) -> None:
         """Give the device something to do, unless it has, or the batch may still fill."""
+        self._due = False
         if self._timer:
             self._timer.cancel()
             self._timer = None
@@ -180,7 +193,20 @@ class Batcher(Generic[Group, Item, Result]):
             self._timer = loop.call_later(left_s, self._begin_if_due, loop)
         else:
             self._busy, self._began_s = True, loop.time()
-            self._give_device_a_turn(loop)
+            if not (self._is_for_here() and self._ran_here(loop)):
+                self._give_device_a_turn(loop)
+
+    def _is_for_here(self) -> bool:
+        """Whether a lone, quick item waits and nothing else is in progress."""
+        alone = self.in_flight == len(self._queue) == 1
+        return alone and self._lone_s < IN_PLACE_S and self._in_place(self._queue[0].group)
+
+    def _ran_here(self, loop: asyncio.AbstractEventLoop) -> bool:
+        """Run a batch on this thread, if the device does nothing else (it may be preparing another importance)."""
+        turn = self._device.run_here(self._turn) if isinstance(self._device, Device) else None
+        if turn is not None:
+            self._settle(loop, turn, goes_on=False)
+        return turn is not None
 
     def _left_to_wait_s(self, loop: asyncio.AbstractEventLoop) -> float:
         if not self.max_wait_s or self._draining or len(self._queue) >= self.max_batch_size:
@@ -244,9 +270,12 @@ class Batcher(Generic[Group, Item, Result]):
 
     def _turn(self) -> Sequence[Result | Exception]:
         """Take a batch and run it."""
-        batch, now_s = self._take(), time.perf_counter()
-        self._on_taken([now_s - w.request.queued_s for w in batch])
-        return self._outcomes(batch)
+        batch, began_s = self._take(), time.perf_counter()
+        self._on_taken([began_s - w.request.queued_s for w in batch])
+        outcomes = self._outcomes(batch)
+        if len(batch) == 1:
+            self._lone_s = time.perf_counter() - began_s
+        return outcomes
 
     def _take(self) -> list[_Waiting[Group, Item, Result]]:
         """Take the oldest items that are still wanted, all of one group."""

@@ -5,7 +5,6 @@ import logging
 import os
 import signal
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from math import nan
 
@@ -24,6 +23,7 @@ from importance_store import (
 )
 from service.batching import Batcher
 from service.decoding import Decoder
+from service.device import Device
 from service.errors import Draining, NotReady
 from service.jobs import RankingJobs
 from service.metrics import Metrics
@@ -48,8 +48,7 @@ class Runtime:
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self.settings, self.metrics = settings, metrics
-        # One thread runs every torch operation: each thread that does gets an OpenMP team of its own.
-        self._device = ThreadPoolExecutor(1, "device")
+        self._device = Device()
         self._store: ConnectedStore | None = None
         self._watcher: ChangeWatcher | None = None
         self._monitor: StoreMonitor | None = None
@@ -128,16 +127,7 @@ class Runtime:
         """
         self.started = True
         settings = self.settings
-        load = partial(
-            Predictor,
-            settings.model,
-            device=settings.device,
-            dtype=settings.dtype,
-            compiler=settings.compile,
-            threads=settings.threads,
-            max_batch_size=settings.max_batch_size,
-        )
-        self.predictor = await asyncio.get_running_loop().run_in_executor(self._device, load)
+        self.predictor = await asyncio.get_running_loop().run_in_executor(self._device, Predictor.of, settings)
         self._decoder = Decoder(
             self.predictor.config.input, threads=settings.decode_threads, max_pixels=settings.max_pixels
         )
@@ -147,6 +137,7 @@ class Runtime:
             max_batch_size=settings.max_batch_size,
             max_queue=settings.max_queue,
             max_wait_s=settings.max_wait_ms / 1000,
+            in_place=lambda defense: defense.runs_on_any_thread,
             on_death=self._die,
             on_taken=self.metrics.observe_waits,
         )

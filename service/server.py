@@ -15,7 +15,7 @@ import uvicorn
 
 from service.runtime import Runtime
 
-SWITCH_INTERVAL_S = 0.0002
+SWITCH_INTERVAL_S = 0.00005
 # A thousand requests in flight are many young objects, and next to none is garbage that only the collector finds.
 GC_THRESHOLDS = (100_000, 20, 100)
 

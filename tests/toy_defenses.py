@@ -2,9 +2,9 @@
 
 import torch
 from torch import Tensor, nn
-from toy_models import PixelNet, importance_of
 
 from defense import DefendedClassifier, SplitClassifier
+from toy_models import PixelNet, importance_of
 
 SIDE = 10
 GRAY = 0.5

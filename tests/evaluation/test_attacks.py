@@ -1,9 +1,9 @@
 import pytest
 import torch
-from toy_defenses import EPSILON, LinearModel, Staircase, distance_to_border, gray_images, gray_row, two_way_defense
 
 from evaluation.attacks import ATTACKS, Budget, Effort, attack_by_name, attacks_by_name
 from evaluation.attacks.surrogates import FixedMask, FixedNoise
+from toy_defenses import EPSILON, LinearModel, Staircase, distance_to_border, gray_images, gray_row, two_way_defense
 
 SMALL = Effort(steps=20, eot=2, targets=2, queries=400, draws=2)
 NORMS = ("Linf", "L2")
