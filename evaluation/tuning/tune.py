@@ -28,8 +28,8 @@ class Plan:
         values: of each field of ``Setting``, those to combine. limit: at most that many settings, drawn by ``seed``.
         fixed_attacks: attacks of the undefended classifier, whose images all settings are swept on.
         adaptive_attacks: attacks of each candidate itself. effort: of both.
-        candidates: settings of the Pareto front that are attacked themselves: those of the best worst case among those
-            that lose at most ``max_clean_loss`` of clean accuracy against undefended.
+        candidates: settings of the Pareto front that are attacked themselves, those of the best worst case.
+        max_clean_loss: what these, and the chosen setting, may lose of clean accuracy against undefended.
         vary: fields that are also varied one at a time around the current setting, each variation attacked itself.
         redraws: of the noise, of which the worst counts.
     """
@@ -76,7 +76,7 @@ class Tuning:
         scores: of all settings on the selection half, under the fixed attacks; undefended_score: without a defense.
         front: those of ``scores`` that no other beats.
         candidates: attacked themselves on the selection half, the undefended classifier first.
-        chosen: the candidate with the best worst case there.
+        chosen: the candidate with the best worst case there, of those that do not lose too much clean accuracy.
         final: chosen, current and undefended on the other half.
     """
 
@@ -123,7 +123,7 @@ def tune(
     lowest_clean = undefended.clean_accuracy() - plan.max_clean_loss
     best = [s.setting for s in front if s.clean_accuracy() >= lowest_clean][: plan.candidates]
     candidates = run.candidates(selection, _roles(current, best, plan), SELECTION)
-    chosen = _best([c for c in candidates if c.setting])
+    chosen = _best(candidates, lowest_clean) or current
     measured = run.candidates(
         run.half(images[final], labels[final]), {None: ["undefended"], chosen: ["chosen"], current: ["current"]}, FINAL
     )
@@ -141,14 +141,14 @@ def _roles(current: Setting, best: Sequence[Setting], plan: Plan) -> dict[Settin
     return roles
 
 
-def _best(candidates: Iterable[Candidate]) -> Setting:
+def _best(candidates: Iterable[Candidate], lowest_clean: float) -> Setting | None:
+    """Of those that do not lose too much clean accuracy, the one of the best worst case; the first of equals."""
+
     def accuracies(candidate: Candidate) -> tuple[float, float]:
         return float(candidate.found.robust.float().mean()), float(candidate.found.clean.mean())
 
-    best = max(candidates, key=accuracies).setting  # the first of equals
-    if best is None:
-        raise ValueError("expected a candidate with a setting, got the undefended classifier")
-    return best
+    allowed = [c for c in candidates if c.setting and float(c.found.clean.mean()) >= lowest_clean]
+    return max(allowed, key=accuracies).setting if allowed else None
 
 
 @dataclass(frozen=True)

@@ -146,3 +146,22 @@ def test_a_kept_result_comes_back_whole_and_only_for_what_it_was_computed_for(tm
     assert torch.equal(again.versions["an attack"].pseudo_label, judged.pseudo_label)
     with pytest.raises(pytest.fail.Exception):
         kept.get_or_compute({"seed": 1}, lambda: pytest.fail("computed"))
+
+
+def test_a_setting_that_costs_too_much_clean_accuracy_is_not_chosen() -> None:
+    """Masks of one neuron: pixel 0 for class 0, pixel 2 for class 1, so class 1 is read off a pixel that is dark.
+
+    With all neurons class 1 has p1 = 0.4 against p0 = 0.3; with its mask it has 0 against 0, and the first class wins.
+    """
+    split = SplitClassifier(PixelNet([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]))
+    images = pixels(*[[0.9, 0.1, 0.0]] * 6, *[[0.3, 0.4, 0.0]] * 6)
+    labels = torch.tensor([0] * 6 + [1] * 6)
+    rankings = {("lo-ir", split.layer): importance_of(split, [[3.0, 2.0, 1.0], [1.0, 2.0, 3.0]])}
+    fields = ("method", "layer", "top_k", "temperature", "sigma", "num_noise_samples", "unimportant_weight")
+    harmless, harmful = ("lo-ir", split.layer, 3, 0.01, 0.0, 1, 0.0), ("lo-ir", split.layer, 1, 0.01, 0.0, 1, 0.0)
+    current, values = Setting(*harmful), {f: list({a, b}) for f, a, b in zip(fields, harmless, harmful, strict=True)}
+    plan = Plan(Budget(0.1), values, ["apgd-ce"], ["apgd-ce"], EFFORT, candidates=3, vary=["top_k"])
+    found = tune({split.layer: split}, rankings, current, images, labels, plan)
+    clean = {c.setting.top_k: float(c.found.clean.mean()) for c in found.candidates if c.setting}
+    assert clean[3] == 1 and clean[1] < 0.98
+    assert found.chosen == Setting(*harmless)
