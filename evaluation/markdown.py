@@ -3,7 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
+from defense.datasets import OWN_PROBE_SET
+
 Report = dict[str, Any]
+SEEN = "**These are the probe images: the ranking has seen them. Pass other images with --data.**"
 
 
 def markdown_of(report: Report, plots: Sequence[str]) -> str:
@@ -17,6 +20,7 @@ def markdown_of(report: Report, plots: Sequence[str]) -> str:
         f"{', '.join(map(str, settings['seeds']))}. Effort: {effort['steps']} steps, {effort['eot']} gradients a step "
         f"where noise is averaged, {effort['targets']} target classes, {effort['queries']} queries of Square; "
         f"gradients in {effort['precision']}, verdicts in float32.",
+        *([SEEN] if report["run"]["dataset"] == OWN_PROBE_SET else []),
         verdicts(report),
         targets_table(report),
         "*Clean*: mean over noise draws. *Worst case*: right in every draw of every adversarial image found, with "

@@ -1,7 +1,7 @@
 """Pictures of a run: accuracies, attacks, which attack broke which image, accuracy over epsilon, adversarial images."""
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import cycle, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 DPI = 130
 MAX_EXAMPLES = 8
 CAPTION_DRAWS = 11
+_STYLES = ("o-", "s--", "^-.", "D:")  # curves may lie on each other
 _CLEAN, _ROBUST = "#9ecae1", "#08519c"
 
 
@@ -122,9 +123,9 @@ def _curve(curves: "Curves") -> Figure:
     """Robust accuracy over epsilon, with intervals."""
     figure = _figure(9, 5)
     axes = figure.add_subplot()
-    for name, points in curves.items():
+    for style, (name, points) in zip(cycle(_STYLES), curves.items(), strict=False):
         epsilons = [point["epsilon"] for point in points]
-        line = axes.plot(epsilons, [p["robust"] for p in points], marker="o", markersize=4, label=name)[0]
+        line = axes.plot(epsilons, [p["robust"] for p in points], style, markersize=5, label=name)[0]
         axes.fill_between(
             epsilons, [p["low"] for p in points], [p["high"] for p in points], color=line.get_color(), alpha=0.1
         )

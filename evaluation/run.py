@@ -56,7 +56,7 @@ class Job:
     importances: Mapping[str, Path] = field(default_factory=dict)
     controls: tuple[str, ...] = CONTROLS
     random_masks: int = 1
-    curve_images: int = 50
+    curve_images: int = 30
     keep_adversarial: bool = True
 
 

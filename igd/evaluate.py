@@ -67,7 +67,7 @@ def evaluate(
     precision: Annotated[Precision, typer.Option(help="Of gradients; verdicts are float32.")] = Precision.FLOAT32,
     block_size: Annotated[int, typer.Option(min=1, help="Images attacked together.")] = 100,
     keep_images: Annotated[bool, typer.Option(help="Keep the adversarial images.")] = True,
-    curve: Annotated[int, typer.Option(min=0, help="Images of the accuracy-over-epsilon curve; 0 for none.")] = 50,
+    curve: Annotated[int, typer.Option(min=0, help="Images of the accuracy-over-epsilon curve; 0 for none.")] = 30,
     model: Model = None,
 ) -> None:
     """Attack a defended model and its controls on the same images, and report what they withstand."""
