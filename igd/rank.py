@@ -48,7 +48,7 @@ def rank(
     probe = open_probe_set(dataset, settings.model, datasets_file=settings.datasets, images_per_class=images_per_class)
     if not output:
         store_of(settings).close()  # a store that is away is better known before the ranking than after it
-    with _processes() as device:
+    with processes() as device:
         number, count = rank_and_world()
         if checkpoint and count > 1:
             checkpoint = checkpoint.with_name(f"{checkpoint.name}.{number}-of-{count}")
@@ -76,7 +76,7 @@ def rank(
 
 
 @contextmanager
-def _processes() -> Iterator[str]:
+def processes() -> Iterator[str]:
     """Join the other processes under torchrun; the device of this one."""
     cuda = torch.cuda.is_available()
     if not dist.is_torchelastic_launched():

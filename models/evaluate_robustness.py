@@ -12,12 +12,13 @@ import argparse
 from pathlib import Path
 
 import torch
-from fashion_mnist_data import correct, find_data, load_split, pgd, to_input, wilson_interval
+from fashion_mnist_data import correct, find_data, load_split, pgd, to_input
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from train_fashion_mnist import EPSILON
 
 from defense import load_classifier
+from evaluation.statistics import wilson_interval
 
 BATCH = 250
 

@@ -102,13 +102,3 @@ def pgd(
 def correct(model: nn.Module, x: Tensor, labels: Tensor) -> int:
     """How many of the inputs the model puts in the class of their label."""
     return int((model(x).argmax(1) == labels).sum())
-
-
-def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval of a proportion (JASA 22, 1927); the default z is that of 95% confidence."""
-    if trials <= 0:
-        raise ValueError("a proportion needs at least one trial")
-    rate, spread = successes / trials, z * z / trials
-    centre = (rate + spread / 2) / (1 + spread)
-    half = z * math.sqrt(rate * (1 - rate) / trials + spread / (4 * trials)) / (1 + spread)
-    return max(0.0, centre - half), min(1.0, centre + half)

@@ -1,0 +1,125 @@
+"""``igd evaluate``: robustness under attack, with controls; ``torchrun --nproc-per-node 4 -m igd evaluate`` in many."""
+
+import shlex
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import torch.distributed as dist
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from defense.shards import rank_and_world
+from igd.options import Model, settings_of
+from igd.rank import processes
+
+
+class NormName(StrEnum):
+    """Of the perturbation."""
+
+    LINF = "Linf"
+    L2 = "L2"
+
+
+class PresetName(StrEnum):
+    """Which attacks, and how hard they try."""
+
+    QUICK = "quick"
+    STANDARD = "standard"
+    ADAPTIVE = "adaptive"
+
+
+class Precision(StrEnum):
+    """Of the attacks' gradients."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+def evaluate(
+    epsilon: Annotated[float, typer.Option(min=0, help="Radius of the attack, in units of [0, 1] pixels.")],
+    data: Annotated[
+        str, typer.Option(help="Test images: tar or folder of class folders, arrays, CIFAR's or MNIST's folder.")
+    ] = "probe",
+    out: Annotated[Path, typer.Option(file_okay=False, help="Folder of outcomes and report; continues there.")] = Path(
+        "evaluation-report"
+    ),
+    norm: Annotated[NormName, typer.Option(help="Of the perturbation.")] = NormName.LINF,
+    n: Annotated[int | None, typer.Option("-n", min=1, help="Images; default: the preset's.")] = None,
+    preset: Annotated[PresetName, typer.Option(help="Which attacks, and how hard they try.")] = PresetName.QUICK,
+    attacks: Annotated[str | None, typer.Option(help="Names with commas in place of the preset's.")] = None,
+    seeds: Annotated[str, typer.Option(help="The whole protocol once for each, with commas.")] = "0",
+    importance: Annotated[
+        list[str] | None, typer.Option(help="NAME=FILE of a ranking, repeatable; default: the model directory's.")
+    ] = None,
+    controls: Annotated[
+        str, typer.Option(help="Beside the undefended model, with commas.")
+    ] = "noise only,random masks,without noise",
+    random_masks: Annotated[int, typer.Option(min=0, help="How many random rankings.")] = 1,
+    factory: Annotated[str | None, typer.Option(help="module:function that makes the model(s), not --model.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Gradient steps of a run.")] = None,
+    eot: Annotated[int | None, typer.Option(min=1, help="Gradients averaged in a step.")] = None,
+    targets: Annotated[int | None, typer.Option(min=1, help="Classes of targeted attacks.")] = None,
+    queries: Annotated[int | None, typer.Option(min=1, help="Of Square.")] = None,
+    redraws: Annotated[int, typer.Option(min=1, help="Noise draws that judge an image; the worst counts.")] = 10,
+    precision: Annotated[Precision, typer.Option(help="Of gradients; verdicts are float32.")] = Precision.FLOAT32,
+    block_size: Annotated[int, typer.Option(min=1, help="Images attacked together.")] = 100,
+    keep_images: Annotated[bool, typer.Option(help="Keep the adversarial images.")] = True,
+    curve: Annotated[int, typer.Option(min=0, help="Images of the accuracy-over-epsilon curve; 0 for none.")] = 30,
+    model: Model = None,
+) -> None:
+    """Attack a defended model and its controls on the same images, and report what they withstand."""
+    from evaluation.attacks import Budget
+    from evaluation.run import Evaluation, Job  # torch's and matplotlib's imports are slow
+    from evaluation.settings import RunSettings, with_effort
+    from evaluation.settings import preset as preset_of
+
+    chosen = preset_of(preset.value)
+    settings = RunSettings(
+        budget=Budget(epsilon, norm.value),
+        attacks=tuple(_names(attacks)) if attacks else chosen.attacks,
+        effort=with_effort(
+            chosen.effort,
+            {"steps": steps, "eot": eot, "targets": targets, "queries": queries, "precision": precision.value},
+        ),
+        redraws=redraws,
+        seeds=tuple(int(seed) for seed in _names(seeds)),
+        block_size=block_size,
+    )
+    job = Job(
+        model=None if factory else settings_of(model).model,
+        factory=factory,
+        data=data,
+        n=n or chosen.n,
+        n_given=n is not None,
+        importances=dict(_pair(i) for i in importance or []),
+        controls=tuple(_names(controls)),
+        random_masks=random_masks,
+        curve_images=curve,
+        keep_adversarial=keep_images,
+    )
+    with processes() as _device:
+        console = Console(stderr=True, quiet=rank_and_world()[0] != 0)
+        evaluation = Evaluation(job, settings, out, command=shlex.join(["igd", *sys.argv[1:]]))
+        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn())
+        with Progress(*columns, TextColumn("{task.description}"), console=console) as bar:
+            task = bar.add_task("", total=evaluation.num_steps / rank_and_world()[1])
+            evaluation.run(lambda step: bar.update(task, advance=1, description=step))
+        if dist.is_initialized():
+            dist.barrier()
+        if rank_and_world()[0] == 0:
+            for path in evaluation.report():
+                typer.echo(path)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _pair(text: str) -> tuple[str, Path]:
+    name, separator, file = text.partition("=")
+    if not separator or not name or not file:
+        raise typer.BadParameter(f"expected --importance NAME=FILE, got '{text}'")
+    return name, Path(file)
