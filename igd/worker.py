@@ -1,11 +1,11 @@
 """``igd worker``: run ranking jobs, beside the server or elsewhere."""
 
-import logging
 from typing import Annotated
 
 import typer
 
 from igd.options import DataDir, Model, RedisUrl, settings_of
+from service.logs import configure_logging
 from service.worker import work
 
 
@@ -17,5 +17,5 @@ def worker(
 ) -> None:
     """Run ranking jobs of a model. 'igd serve' starts one unless --no-worker is given."""
     settings = settings_of(model, redis_url, data_dir)
-    logging.getLogger().setLevel(settings.log_level.upper())
+    configure_logging(settings.log_level, settings.log_format)
     work(settings, parent=parent)

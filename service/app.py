@@ -1,9 +1,11 @@
 """The application: routes around one runtime."""
 
+import asyncio
 import base64
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -13,13 +15,19 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from service.errors import ProblemResponse
+from service.errors import error_response
 from service.metrics import Metrics
 from service.middleware import BodyLimit, RequestContext
-from service.routes import classify, importance, ranking, status
+from service.request_log import RequestLog
+from service.routes import classify, importance, inference_protocol, ranking, status
 from service.routes.documentation import with_example
 from service.runtime import Runtime
 from service.settings import Settings
+
+if TYPE_CHECKING:
+    from service.spans import Spans
+
+logger = logging.getLogger(__name__)
 
 DESCRIPTION = """An image classifier under IG-Defense (Kulkarni & Weng, ECCV 2024): every prediction is made twice, the
 second time with only the neurons that matter for the classes the first pass believes in. No training.
@@ -48,15 +56,19 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             await app.state.runtime.start()
         yield
         await app.state.runtime.stop()
+        if spans:
+            await asyncio.to_thread(spans.close)
 
     # The offline variant brings the page's scripts along: a security service loads nothing from elsewhere.
     app: FastAPI = FastAPIOffline(title="IG-Defense", version="0.1.0", lifespan=lifespan)
     app.state.runtime = Runtime(settings, metrics)
-    for module in (classify, importance, ranking, status):
+    for module in (classify, inference_protocol, importance, ranking, status):
         app.include_router(module.router)
     limit = BodyLimit(settings.max_body_bytes, int(settings.max_total_mb * 1_000_000))
-    app.add_middleware(RequestContext, metrics=metrics, limit=limit)
-    app.state.direct_classify = RequestContext(classify.classify_directly, metrics=metrics, limit=limit)
+    spans = _open_spans(settings)
+    log = RequestLog(every=settings.access_log, slow_s=settings.slow_request_s, spans=spans)
+    app.add_middleware(RequestContext, metrics=metrics, limit=limit, log=log)
+    app.state.direct_classify = RequestContext(classify.classify_directly, metrics=metrics, limit=limit, log=log)
     app.add_exception_handler(HTTPException, _http_problem)  # type: ignore[arg-type]
     app.add_exception_handler(RequestValidationError, _validation_problem)  # type: ignore[arg-type]
     _show_examples(app, settings)
@@ -88,12 +100,24 @@ def _http_problem(request: Request, error: HTTPException) -> Response:
     headers = dict(error.headers or {})
     if error.status_code == 405:
         detail = f"{request.method} is not allowed at {request.url.path}; use {headers.get('Allow', 'another method')}"
-    return ProblemResponse(error.status_code, detail, headers, request_id=request.state.request_id)
+    return error_response(request.url.path, error.status_code, detail, headers, **request.state.known)
 
 
 def _validation_problem(request: Request, error: RequestValidationError) -> Response:
     problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-    return ProblemResponse(422, "; ".join(problems), request_id=request.state.request_id)
+    return error_response(request.url.path, 422, "; ".join(problems), **request.state.known)
+
+
+def _open_spans(settings: Settings) -> "Spans | None":
+    """Where spans go; None unless OpenTelemetry's variables name a place and the extra is installed."""
+    if not settings.exports_traces:
+        return None
+    try:
+        from service.spans import Spans
+    except ImportError as error:
+        logger.warning("no traces are sent (%s): pip install 'ig-defense[otel]', or unset OTEL_EXPORTER_OTLP_*", error)
+        return None
+    return Spans()
 
 
 def _show_examples(app: FastAPI, settings: Settings) -> None:

@@ -31,6 +31,19 @@ def read_pixels(body: bytes, media_type: str, config: InputConfig, shape: str | 
         found, data = _read_npy(body)
     else:
         found, data = _said(shape) or (len(body) // math.prod(expected), *expected), memoryview(body)
+    return as_pixels(found, data, config)
+
+
+def as_pixels(found: tuple[int, ...], data: bytes | memoryview, config: InputConfig) -> Pixels:
+    """Bytes that are said to be of a shape, as images of the network's size.
+
+    Returns:
+        [n, H, W, C] uint8, n >= 1; a view of the bytes.
+
+    Raises:
+        Unprocessable: another shape, or number of bytes.
+    """
+    expected = (config.size[0], config.size[1], config.channels)
     if found[1:] != expected or found[0] < 1:
         raise Unprocessable(
             f"expected uint8 pixels of shape [n, {', '.join(map(str, expected))}] (n images, height, width, channels), "

@@ -52,7 +52,7 @@ class DefenseMetrics(Collector):
         """Take note of a batch's probabilities; called on the device thread.
 
         Args:
-            rows: [B, 3, C]: defended, undefended, class weights. Not to be changed afterwards.
+            rows: [B, 5, C], see ``glue.ROWS``. Not to be changed afterwards.
         """
         self._aside.append(rows)
         self._bytes_aside += rows.nbytes
@@ -68,7 +68,7 @@ class DefenseMetrics(Collector):
                 self._count(np.concatenate(batches))
 
     def _count(self, rows: NDArray[np.float32]) -> None:
-        defended, undefended, pseudo_label = rows.argmax(2).T
+        defended, undefended, pseudo_label = rows[:, :3].argmax(2).T
         self._predictions += np.bincount(defended, minlength=len(self._predictions))
         self._changed += int(np.count_nonzero(defended != undefended))
         self._disagreements += int(np.count_nonzero(pseudo_label != undefended))

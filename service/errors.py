@@ -131,6 +131,19 @@ class DeadlineExceeded(ServiceError):
     reason = "deadline"
 
 
+def error_response(
+    path: str, status: int, detail: str, headers: dict[str, str] | None = None, **members: Any
+) -> JSONResponse:
+    """The answer to a request that failed: a problem, but at /v2 what the Open Inference Protocol says of errors.
+
+    Args:
+        members: of the problem.
+    """
+    if path == "/v2" or path.startswith("/v2/"):
+        return JSONResponse({"error": detail}, status, headers)
+    return ProblemResponse(status, detail, headers, **members)
+
+
 class ProblemResponse(JSONResponse):
     """An RFC 9457 problem."""
 

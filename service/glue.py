@@ -24,8 +24,12 @@ class Prologue(nn.Module):
         return self.defended.with_noisy_copies(to_images(pixels), noise)
 
 
+# What an image's rows are, in this order.
+ROWS = ("probabilities", "undefended_probabilities", "class_weights", "logits", "undefended_logits")
+
+
 class Epilogue(nn.Module):
-    """What crosses the split -> [B, 3, C]: probabilities defended and undefended, and class weights."""
+    """What crosses the split -> [B, 5, C]: see ``ROWS``."""
 
     def __init__(self, defended: DefendedClassifier) -> None:
         super().__init__()
@@ -33,7 +37,8 @@ class Epilogue(nn.Module):
 
     def forward(self, *values: Tensor) -> Tensor:
         prediction = self.defended.judge(*values)
-        rows = [prediction.logits.softmax(1), prediction.undefended_logits.softmax(1), prediction.class_weights]
+        logits, undefended = prediction.logits, prediction.undefended_logits
+        rows = [logits.softmax(1), undefended.softmax(1), prediction.class_weights, logits, undefended]
         return torch.stack(rows, dim=1)
 
 

@@ -10,9 +10,10 @@ import hashlib
 import json
 import socket
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
+from types import MappingProxyType
 from typing import Any, TypeAlias, cast
 
 import redis
@@ -66,6 +67,7 @@ class RankingJobs:
         model_digest: str,
         expected_active: str | None,
         idempotency_key: str | None = None,
+        asked_by: Mapping[str, str] = MappingProxyType({}),
     ) -> tuple[RankingJob, bool]:
         """Queue a ranking, unless the same one is in flight: then that job is the answer.
 
@@ -73,6 +75,7 @@ class RankingJobs:
             model_digest: weights to be ranked; a worker that finds others fails the job.
             expected_active: the active version now; if another is active when the job ends, that one stays.
             idempotency_key: a repeated key gives the job of its first use, finished or not.
+            asked_by: what the request is known by, for the lines that the job logs.
 
         Returns:
             The job, and whether it is new.
@@ -85,7 +88,12 @@ class RankingJobs:
             known = self._known(fingerprint, idempotency_key)
             if known:
                 return known, False
-            return self._enqueue(request, model_digest, expected_active, fingerprint, idempotency_key), True
+            arguments = {
+                "request": request.model_dump(mode="json"),
+                "model_digest": model_digest,
+                "expected_active": expected_active,
+            }
+            return self._enqueue(arguments, fingerprint, idempotency_key, asked_by), True
 
     def get(self, job_id: str) -> RankingJob:
         """One job.
@@ -169,18 +177,12 @@ class RankingJobs:
 
     def _enqueue(
         self,
-        request: RankRequest,
-        model_digest: str,
-        expected_active: str | None,
+        arguments: dict[str, Any],
         fingerprint: str,
         idempotency_key: str | None,
+        asked_by: Mapping[str, str],
     ) -> RankingJob:
         job_id = str(ULID())
-        arguments = {
-            "request": request.model_dump(mode="json"),
-            "model_digest": model_digest,
-            "expected_active": expected_active,
-        }
         pipeline = self._client.pipeline(transaction=True)
         job = self.queue.enqueue_call(
             FUNCTION,
@@ -190,6 +192,7 @@ class RankingJobs:
             result_ttl=KEEP_S,
             failure_ttl=KEEP_S,
             retry=Retry(max=MAX_DEATHS - 1),
+            meta={"asked_by": dict(asked_by)},
             pipeline=pipeline,
         )
         pipeline.set(self.keys.in_flight(fingerprint), job_id, ex=KEEP_S)

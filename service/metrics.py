@@ -20,7 +20,7 @@ from service.histograms import HotHistogram, Series
 from service.job_metrics import JobMetrics
 from service.store_metrics import StoreMetrics
 
-ENDPOINTS = ("classify", "model", "importance", "rank-neurons", "health", "metrics", "other")
+ENDPOINTS = ("classify", "infer", "model", "importance", "rank-neurons", "health", "metrics", "other")
 STAGES = ("decode", "queue", "trunk", "tail", "encode")
 OUTCOMES = ("ok", "client_error", "rejected", "error")
 REASONS = ("queue_full", "bodies_full", "not_ready", "draining", "deadline", "store")
@@ -169,7 +169,7 @@ class Metrics:
         """Note what a batch gave and took; called on the device thread.
 
         Args:
-            rows: [B, 3, C]: probabilities defended and undefended, and class weights. stage_seconds: by stage.
+            rows: [B, 5, C], see ``glue.ROWS``. stage_seconds: by stage.
         """
         self.batch_size.observe(len(rows))
         self.last_batch.set_to_current_time()

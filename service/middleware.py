@@ -21,8 +21,9 @@ from importance_store import (
     VersionNotFound,
     WrongModel,
 )
-from service.errors import BodiesFull, ProblemResponse, ServiceError, TooLarge
+from service.errors import BodiesFull, ServiceError, TooLarge, error_response
 from service.metrics import Metrics
+from service.request_log import RequestLog
 
 logger = logging.getLogger(__name__)
 
@@ -43,11 +44,11 @@ class RequestContext:
     """Wraps the application.
 
     Args:
-        limit: of the bodies of all requests, of this wrapper's and of others'.
+        limit: of the bodies of all requests, of this wrapper's and of others'. log: where they are told of.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, limit: "BodyLimit") -> None:
-        self.app, self.metrics, self.limit = app, metrics, limit
+    def __init__(self, app: ASGIApp, metrics: Metrics, limit: "BodyLimit", log: RequestLog | None = None) -> None:
+        self.app, self.metrics, self.limit, self.log = app, metrics, limit, log or RequestLog()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -58,6 +59,7 @@ class RequestContext:
         headers = dict(scope["headers"])
         request_id = _request_id(headers.get(b"x-request-id"))
         scope.setdefault("state", {}).update(request_id=request_id, arrived_at=started)
+        self.log.begin(scope, headers)
         status, reason, body = 0, None, _Body(self.limit, receive)
 
         async def send_with_id(message: Message) -> None:
@@ -78,11 +80,23 @@ class RequestContext:
                 logger.exception("request %s failed", request_id)
             if status:  # the answer has begun, there is no other to give
                 raise
-            await problem_of(error, request_id)(scope, receive, send_with_id)
+            answer = error_response(scope["path"], *describe(error, request_id), **scope["state"]["known"])
+            await answer(scope, receive, send_with_id)
         finally:
             self.limit.held_bytes -= body.received
-            endpoint = scope["path"].strip("/").partition("/")[0]
-            self.metrics.observe_request(endpoint, status or 499, time.perf_counter() - started, reason)
+            seconds = time.perf_counter() - started
+            self.metrics.observe_request(_endpoint(scope["path"]), status or 499, seconds, reason)
+            self.log.end(scope, status or 499, seconds)
+
+
+def _endpoint(path: str) -> str:
+    """The first part of a path; of the Open Inference Protocol's, what is the same elsewhere."""
+    first, _, rest = path.strip("/").partition("/")
+    if first != "v2":
+        return first
+    if rest.startswith("health/") or rest.endswith("/ready"):
+        return "health"
+    return "infer" if rest.endswith("/infer") else "model"
 
 
 class BodyLimit:
@@ -135,25 +149,23 @@ class _Body:
         return message
 
 
-def problem_of(error: Exception, request_id: str) -> ProblemResponse:
-    """The problem that a client is told; of a bug, no more than where to look for it."""
+def describe(error: Exception, request_id: str) -> tuple[int, str, dict[str, str]]:
+    """Status, detail and headers that a client is told; of a bug, no more than where to look for it."""
     if isinstance(error, ServiceError):
-        return ProblemResponse(error.status, error.detail, error.headers, request_id=request_id)
+        return error.status, error.detail, error.headers
     if isinstance(error, HTTPException):  # of starlette's parser of forms
-        return ProblemResponse(error.status_code, error.detail, dict(error.headers or {}), request_id=request_id)
+        return error.status_code, error.detail, dict(error.headers or {})
     for kind, status in _KNOWN_PROBLEMS:
         if isinstance(error, kind):
-            headers = {"Retry-After": "1"} if status == 503 else {}
-            return ProblemResponse(status, str(error), headers, request_id=request_id)
-    detail = f"an unexpected error; the server's log has it under request {request_id}"
-    return ProblemResponse(500, detail, request_id=request_id)
+            return status, str(error), {"Retry-After": "1"} if status == 503 else {}
+    return 500, f"an unexpected error; the server's log has it under request {request_id}", {}
 
 
 def _reason_of(error: Exception) -> str | None:
     """Why a request was rejected that was not at fault itself."""
     if isinstance(error, ServiceError):
         return error.reason
-    refused = isinstance(error, StoreError) and problem_of(error, "").status_code == 503
+    refused = isinstance(error, StoreError) and describe(error, "")[0] == 503
     return "store" if refused else None
 
 

@@ -160,7 +160,9 @@ class Predictor:
         # What is left to PyTorch beside OpenVINO is small: to share it out takes longer than to do it.
         torch.set_num_threads(1 if engine.compiler == "openvino" else self._threads)
         classifier = self._defend(engine, importance)
-        return ServedDefense(version, importance, classifier, *self._glue(engine, classifier), engine, share)
+        glue = self._glue(engine, classifier)
+        engine.stage_seconds()  # what getting warm took is no batch's
+        return ServedDefense(version, importance, classifier, *glue, engine, share)
 
     @torch.inference_mode()
     def _glue(self, engine: EngineSplit, classifier: DefendedClassifier) -> tuple[Glue, Glue]:
@@ -198,7 +200,7 @@ class Predictor:
             pixels: B arrays [H, W, channels].
 
         Returns:
-            [B, 3, C]: probabilities defended and undefended, and the pseudo-label's class weights.
+            [B, 5, C]: of each image the rows that ``glue.ROWS`` names, its probabilities first.
         """
         given = self._inputs(self._padded(pixels) if defense.compiler == "inductor" else pixels)
         values = defense.engine.cut(defense.prologue(*given))

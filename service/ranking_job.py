@@ -26,6 +26,7 @@ from importance_store import ConnectedStore, StoreError, StoreUnavailable, Versi
 from service.engine import resolve_device
 from service.job_keys import JobKeys
 from service.job_report import JobReport
+from service.logs import log_context
 from service.schemas import RankRequest
 from service.settings import Settings
 from service.stores import store_of
@@ -47,8 +48,11 @@ def run(request: dict[str, Any], model_digest: str, expected_active: str | None)
     if job is None:
         raise RuntimeError("service.ranking_job.run is to be called by an RQ worker")
     torch.set_num_threads(settings.worker_threads)
+    asked_by = job.meta.get("asked_by", {})
+    log_context.set({"job_id": job.id, **asked_by})
     with JobReport(job, JobKeys(JobKeys.model_of(job.origin))) as report:
         _step_back()
+        logger.info("job %s%s", job.id, "".join(f", {name} {value}" for name, value in asked_by.items()))
         try:
             task = RankingTask(settings, RankRequest.model_validate(request), job.id, model_digest, expected_active)
             result = task.rank_and_publish(report)

@@ -4,12 +4,11 @@ import asyncio
 import logging
 import os
 import signal
+import time
 from collections.abc import Sequence
 from functools import partial
 from math import nan
 
-import numpy as np
-from numpy.typing import NDArray
 from starlette.requests import HTTPConnection
 
 from defense import DefenseError, NeuronImportance, check_dataset, load_importance
@@ -21,6 +20,7 @@ from importance_store import (
     StoreUnavailable,
     VersionConflict,
 )
+from service.answers import Answer, BatchRun, Classified
 from service.batching import Batcher
 from service.decoding import Decoder
 from service.device import Device
@@ -37,14 +37,13 @@ from service.worker import WorkerSupervisor
 logger = logging.getLogger(__name__)
 
 REOPEN_S = 1.0
-Rows = NDArray[np.float32]
 
 
 class Runtime:
     """Starts, holds and stops the parts; ``start`` and ``stop`` run on the event loop."""
 
     predictor: Predictor
-    batcher: Batcher[ServedDefense, Pixels, Rows]
+    batcher: Batcher[ServedDefense, Pixels, Answer]
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self.settings, self.metrics = settings, metrics
@@ -60,6 +59,7 @@ class Runtime:
         self.active_version: str | None = None
         self.problem: str | None = "no importance has been loaded yet"
         self.store_up = False
+        self.leaving = False  # not ready, so that load balancers send requests elsewhere; what comes is still answered
         self.draining = False
         self.address = f"http://{settings.host}:{settings.port}"  # corrected when a free port was asked for
         self.fatal: BaseException | None = None
@@ -161,8 +161,8 @@ class Runtime:
         self._device.shutdown(wait=False, cancel_futures=True)
         self.metrics.thread.shutdown(wait=False)
 
-    async def classify(self, defense: ServedDefense, images: list[bytes] | Pixels) -> list[Rows]:
-        """[3, C] of each image: probabilities defended, undefended, and class weights.
+    async def classify(self, defense: ServedDefense, images: list[bytes] | Pixels) -> Classified:
+        """The rows of each image, and the batches they were in.
 
         Args:
             images: files to decode, or pixels [n, H, W, C].
@@ -176,12 +176,16 @@ class Runtime:
                     pixels = await self._decoder.decode(images)
             else:
                 pixels = list(images)
-            return await self.batcher.submit(defense, pixels)
+            queued_at = time.perf_counter()
+            answers = await self.batcher.submit(defense, pixels)
+            return Classified([a.rows for a in answers], [a.batch for a in answers], queued_at)
 
-    def _run_batch(self, defense: ServedDefense, pixels: list[Pixels]) -> Sequence[Rows]:
+    def _run_batch(self, defense: ServedDefense, pixels: list[Pixels]) -> Sequence[Answer]:
+        began_at = time.perf_counter()
         rows = self.predictor.predict(defense, pixels)
-        self.metrics.observe_batch(rows, defense.engine.stage_seconds())
-        return list(rows)
+        run = BatchRun(len(pixels), began_at, time.perf_counter(), defense.engine.stage_seconds())
+        self.metrics.observe_batch(rows, run.stage_seconds)
+        return [Answer(row, run) for row in rows]
 
     def _open_store(self) -> None:
         with self.metrics.store.timed("open"):

@@ -49,6 +49,7 @@ class Problem(BaseModel):
     status: int
     detail: Any
     request_id: str
+    trace_id: str | None = Field(None, description="of the request's traceparent, if it had one")
 
 
 class DefenseSettings(BaseModel):
@@ -182,8 +183,8 @@ class ImportanceResponse(BaseModel):
 
 
 def prediction_json(rows: NDArray[np.float32], labels: Sequence[str], top: int) -> dict[str, Any]:
-    """A ``Prediction`` as plain JSON values, from one image's [3, C] of the predictor."""
-    defended, undefended, class_weights = rows
+    """A ``Prediction`` as plain JSON values, from one image's rows of the predictor (``glue.ROWS``)."""
+    defended, undefended, class_weights = rows[:3]
     order = (-defended).argsort(kind="stable")[:top]
     listed = [
         {"label": labels[c], "class_id": c, "probability": round(p, 6)}

@@ -64,20 +64,21 @@ class Server(uvicorn.Server):
                 signal.signal(number, handler)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Told to stop: readiness first, the socket last. Told again: at once."""
+        """Told to stop: readiness first, then new requests, the socket last. Told again: at once."""
         if self._told_to_stop_at is not None:
             super().handle_exit(sig, frame)
         self._told_to_stop_at = time.monotonic()
-        self._runtime.draining = True
+        self._runtime.leaving, self._runtime.draining = True, self._runtime.settings.drain_delay_s == 0
 
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second: whether to stop listening, which is when all that was admitted is answered.
 
-        Until then new requests get 503, readiness too, so that a load balancer sends them elsewhere; for
-        ``drain_delay_s`` at least, which it needs to notice.
+        For ``drain_delay_s`` new requests are answered although readiness says 503: a load balancer needs that long to
+        notice. After that they get 503, too.
         """
         if self._told_to_stop_at is not None:
             since_s, settings = time.monotonic() - self._told_to_stop_at, self._runtime.settings
+            self._runtime.draining = since_s >= settings.drain_delay_s
             answered = not self._runtime.batcher.in_flight and since_s >= settings.drain_delay_s
             self.should_exit = self.should_exit or answered or since_s > settings.drain_s
         return await super().on_tick(counter)

@@ -53,7 +53,7 @@ class Settings(BaseSettings):
     deadline_s: float = Field(30.0, gt=0, description="Seconds from a request's arrival to 504.")
     drain_s: float = Field(30.0, gt=0, description="Seconds to answer what was admitted after SIGTERM.")
     drain_delay_s: float = Field(
-        0.0, ge=0, description="Seconds to stay, not ready, after SIGTERM: what a load balancer needs to notice."
+        0.0, ge=0, description="Seconds to go on, not ready, after SIGTERM: what a load balancer needs to notice."
     )
     max_images: Positive = Field(256, description="Images in one request.")
     max_body_mb: float = Field(32.0, gt=0, description="Megabytes in one request body.")
@@ -69,6 +69,11 @@ class Settings(BaseSettings):
         default_factory=lambda: max(1, (os.cpu_count() or 1) // 2), ge=1, description="CPU threads of a ranking."
     )
     log_level: str = Field("info", pattern="^(?i:debug|info|warning|error)$", description="debug to error.")
+    log_format: Literal["auto", "json", "text"] = Field(
+        "auto", description="Of the log, on stderr; auto: text on a terminal, else JSON."
+    )
+    access_log: bool = Field(False, description="Log every request, not only failed and slow ones.")
+    slow_request_s: float = Field(1.0, gt=0, description="Seconds from which a classification is slow.")
 
     @field_validator("api_keys", mode="before")
     @classmethod
@@ -84,6 +89,12 @@ class Settings(BaseSettings):
     @property
     def max_body_bytes(self) -> int:
         return int(self.max_body_mb * 1_000_000)
+
+    @property
+    def exports_traces(self) -> bool:
+        """Whether OpenTelemetry's own variables say where to send spans."""
+        named = any(os.environ.get(f"OTEL_EXPORTER_OTLP_{name}ENDPOINT") for name in ("", "TRACES_"))
+        return named and os.environ.get("OTEL_SDK_DISABLED", "").lower() != "true"
 
     def environment(self) -> dict[str, str]:
         """The environment for a process that is to have the same settings; secrets stay out of its command line."""

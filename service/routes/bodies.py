@@ -26,13 +26,13 @@ async def read_images(request: Request, config: InputConfig, *, max_images: int)
     media_type = media_type.strip().lower()
     images: list[bytes] | Pixels
     if media_type.startswith("image/"):
-        images = [await _body(request)]
+        images = [await read_body(request)]
     elif media_type == "multipart/form-data":
         images = await _files_of_form(request, max_images)
     elif media_type == "application/json":
-        images = _files_of_json(await _body(request))
+        images = _files_of_json(await read_body(request))
     elif media_type in arrays.MEDIA_TYPES:
-        images = arrays.read_pixels(await _body(request), media_type, config, _shape(parameters))
+        images = arrays.read_pixels(await read_body(request), media_type, config, _shape(parameters))
     else:
         raise UnsupportedMediaType(
             "expected Content-Type image/*, multipart/form-data, application/json, application/x-npy or "
@@ -40,11 +40,16 @@ async def read_images(request: Request, config: InputConfig, *, max_images: int)
             "with curl: -H 'Content-Type: image/png' --data-binary @image.png"
         )
     if len(images) > max_images:
-        raise _too_many(max_images)
+        raise too_many_images(max_images)
     return images
 
 
-async def _body(request: Request) -> bytes:
+async def read_body(request: Request) -> bytes:
+    """All of a request's body.
+
+    Raises:
+        ClientDisconnect: the client left.
+    """
     # Not request.body(), which costs several times as much for a body that is there at once.
     chunks = []
     while True:
@@ -61,7 +66,8 @@ def _shape(parameters: str) -> str | None:
     return value.strip(' "') if name.strip().lower() == "shape" else None
 
 
-def _too_many(max_images: int) -> TooLarge:
+def too_many_images(max_images: int) -> TooLarge:
+    """The answer to more images than one request may have."""
     return TooLarge(f"expected at most {max_images} images in a request, got more; send several requests")
 
 
@@ -77,7 +83,7 @@ async def _files_of_form(request: Request, max_images: int) -> list[bytes]:
             return [await upload.read() for upload in uploads if isinstance(upload, UploadFile)]
     except HTTPException as error:  # of starlette's parser
         if error.detail.startswith("Too many files"):
-            raise _too_many(max_images) from error
+            raise too_many_images(max_images) from error
         raise
     except UnicodeError as error:
         raise Unprocessable(f"expected names in the charset of the Content-Type, got others: {error}") from error

@@ -1,17 +1,15 @@
 """POST /classify: images in, defended predictions out."""
 
-import asyncio
-import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from functools import partial
 
 import orjson
 from fastapi import APIRouter, Depends
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from service.errors import DeadlineExceeded, Unprocessable
+from service.errors import Unprocessable
+from service.routes.admission import classified
 from service.routes.auth import check_api_key, documents_api_key
 from service.routes.bodies import read_images
 from service.routes.documentation import CLASSIFY_BODY, CLASSIFY_TOP, problems
@@ -45,23 +43,13 @@ async def classify(request: Request) -> Response:
     settings, config = runtime.settings, runtime.predictor.config
     check_api_key(request.headers.get("authorization"), settings.api_keys)
     top = read_top(request.query_params.get("top")) if request.scope["query_string"] else DEFAULT_TOP
-    defense = runtime.defense
-    runtime.batcher.check_room()  # before anything is read: under overload, most of the work would be refusing
-    remaining_s = settings.deadline_s - (time.perf_counter() - request.state.arrived_at)
-    try:
-        async with asyncio.timeout(remaining_s):
-            images = await read_images(request, config.input, max_images=settings.max_images)
-            async with while_connected(request):
-                rows = await runtime.classify(defense, images)
-    except TimeoutError as error:
-        raise DeadlineExceeded(
-            f"no answer within {settings.deadline_s:g} s; send fewer images, or raise IGD_DEADLINE_S"
-        ) from error
+    reading = partial(read_images, request, config.input, max_images=settings.max_images)
+    defense, answers = await classified(request, reading)
     with runtime.metrics.stage("encode"):
         answer = {
             "model": config.name,
             "importance_version": defense.version,
-            "predictions": [prediction_json(row, config.labels, top) for row in rows],
+            "predictions": [prediction_json(row, config.labels, top) for row in answers.rows],
         }
         return Response(orjson.dumps(answer), media_type="application/json")
 
@@ -85,31 +73,3 @@ def read_top(text: str | None) -> int:
     if not 1 <= top <= MAX_TOP:
         raise Unprocessable(f"query.top: expected a whole number from 1 to {MAX_TOP}, got {str(text)[:50]!r}")
     return top
-
-
-@asynccontextmanager
-async def while_connected(request: Request) -> AsyncIterator[None]:
-    """Cancel what is awaited in the block when the client leaves: nobody would read it.
-
-    Raises:
-        ClientDisconnect: the client left.
-    """
-    task, left = asyncio.current_task(), False
-
-    async def watch() -> None:
-        nonlocal left
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-        left = True
-        if task:
-            task.cancel()
-
-    watcher = asyncio.create_task(watch())
-    try:
-        yield
-    except asyncio.CancelledError:
-        if left and task and task.uncancel() == 0:
-            raise ClientDisconnect from None
-        raise
-    finally:
-        watcher.cancel()

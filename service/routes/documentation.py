@@ -24,6 +24,22 @@ CLASSIFY_BODY: dict[str, Any] = {
     },
 }
 
+INFERENCE_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {
+                "schema": {"type": "object", "required": ["inputs"]},
+                "example": {
+                    "inputs": [{"name": "images", "datatype": "BYTES", "shape": [1], "data": ["<base64>"]}],
+                    "outputs": [{"name": "probabilities"}],
+                },
+            },
+            "application/octet-stream": {"schema": _BINARY},
+        },
+    }
+}
+
 CLASSIFY_TOP: dict[str, Any] = {
     "name": "top",
     "in": "query",
@@ -35,7 +51,7 @@ _MEANINGS = {
     400: "Not an image, or a damaged one",
     401: "No key, or a wrong one",
     403: "The admin endpoints are off",
-    404: "No such version",
+    404: "No such version or model",
     409: "Another version was activated meanwhile, or it is of other weights",
     413: "Too many bytes, pixels or images",
     415: "A body this endpoint does not read",
@@ -50,6 +66,13 @@ def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """OpenAPI responses for these statuses, as problem+json."""
     schema = {"application/problem+json": {"schema": Problem.model_json_schema()}}
     return {status: {"description": _MEANINGS[status], "content": schema} for status in statuses}
+
+
+def protocol_errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI responses for these statuses, as the Open Inference Protocol has them."""
+    error = {"type": "object", "required": ["error"], "properties": {"error": {"type": "string"}}}
+    content = {"application/json": {"schema": error}}
+    return {status: {"description": _MEANINGS[status], "content": content} for status in statuses}
 
 
 def with_example(schema: dict[str, Any], image_base64: str) -> dict[str, Any]:

@@ -34,6 +34,7 @@ async def rank_neurons(
         model_digest=runtime.predictor.model_digest,
         expected_active=await asyncio.to_thread(runtime.store.active_version),
         idempotency_key=idempotency_key,
+        asked_by=request.state.known,
     )
     return JSONResponse(job.model_dump(mode="json"), 202, {"Location": f"/rank-neurons/{job.id}"})
 

@@ -8,8 +8,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from service.errors import Draining, NotReady
+from service.predictor import ServedDefense
 from service.routes.documentation import problems
-from service.runtime import runtime_of
+from service.runtime import Runtime, runtime_of
 from service.schemas import DefenseSettings, InputDescription, ModelResponse
 
 router = APIRouter(tags=["status"])
@@ -36,8 +37,7 @@ async def model(request: Request) -> ModelResponse:
 @router.get("/health/live", responses=problems(503))
 async def live(request: Request) -> JSONResponse:
     """200 while the process can answer at all."""
-    if not runtime_of(request).batcher.alive:
-        raise NotReady("the batch dispatcher is dead; restart the server")
+    check_live(runtime_of(request))
     return JSONResponse({"status": "live"})
 
 
@@ -45,11 +45,8 @@ async def live(request: Request) -> JSONResponse:
 async def ready(request: Request) -> JSONResponse:
     """200 while /classify answers with defended predictions; a store that went away does not matter."""
     runtime = runtime_of(request)
-    if not runtime.batcher.accepting:
-        raise Draining("the server is shutting down")
-    return JSONResponse(
-        {"status": "ready", "importance_version": runtime.defense.version, "store_up": runtime.store_up}
-    )
+    defense = check_ready(runtime)
+    return JSONResponse({"status": "ready", "importance_version": defense.version, "store_up": runtime.store_up})
 
 
 @router.get("/metrics")
@@ -59,3 +56,27 @@ async def metrics(request: Request) -> Response:
     # Thousands of lines with many classes: not on the event loop, and not behind what waits for a store that is away.
     text = await asyncio.get_running_loop().run_in_executor(metrics.thread, generate_latest, metrics.registry)
     return Response(text, media_type=CONTENT_TYPE_LATEST)
+
+
+def check_live(runtime: Runtime) -> None:
+    """What liveness means.
+
+    Raises:
+        NotReady: the process is of no use any more.
+    """
+    if not runtime.batcher.alive:
+        raise NotReady("the batch dispatcher is dead; restart the server")
+
+
+def check_ready(runtime: Runtime) -> ServedDefense:
+    """What readiness means.
+
+    Returns:
+        What predictions are made with.
+
+    Raises:
+        NotReady: not now, or not any more.
+    """
+    if runtime.leaving or not runtime.batcher.accepting:
+        raise Draining("the server is shutting down")
+    return runtime.defense

@@ -32,3 +32,5 @@ def test_traced_glue_gives_the_prediction_of_the_defended_classifier(layer, sigm
             torch.testing.assert_close(rows[:, 0], expected.logits.softmax(1))
             torch.testing.assert_close(rows[:, 1], expected.undefended_logits.softmax(1))
             torch.testing.assert_close(rows[:, 2], expected.class_weights)
+            torch.testing.assert_close(rows[:, 3], expected.logits)
+            torch.testing.assert_close(rows[:, 4], expected.undefended_logits)

@@ -38,13 +38,18 @@ VALUES = {
     "worker": ("false", False),
     "worker_threads": ("7", 7),
     "log_level": ("debug", "debug"),
+    "log_format": ("text", "text"),
+    "access_log": ("true", True),
+    "slow_request_s": ("2.5", 2.5),
 }
 
 
 def flags(name):
     text, value = VALUES[name]
     flag = name.replace("_", "-")
-    return [f"--no-{flag}"] if value is False else [f"--{flag}", text]
+    if isinstance(value, bool):
+        return [f"--{flag}" if value else f"--no-{flag}"]
+    return [f"--{flag}", text]
 
 
 @pytest.mark.parametrize("name", Settings.model_fields)
