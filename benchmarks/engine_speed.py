@@ -9,7 +9,7 @@ paired ratios. OpenMP waits as it does by default, which is quicker for PyTorch'
 """
 
 import argparse
-import tempfile
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ def measure_engine(
     """A row for each batch size; none if this machine lacks the precision or the compiler."""
     try:
         noisy = predictor_of(directory, dtype, compiler)
-        still = predictor_of(_without_noise(directory), dtype, compiler)
+        still = _without_noise(*noisy)
     except EngineError as error:
         print(f"{dtype} by {compiler} is left out: {error}")
         return []
@@ -99,18 +99,12 @@ def _pixels(predictor: Predictor, batch: int) -> list[Pixels]:
     return list(np.random.default_rng(0).integers(0, 256, (batch, height, width, channels), np.uint8))
 
 
-def _without_noise(directory: Path) -> Path:
-    """The same model directory with sigma = 0."""
-    still = Path(tempfile.mkdtemp()) / directory.name
-    still.mkdir()
-    for file in directory.iterdir():
-        if file.name != "model.toml":
-            (still / file.name).symlink_to(file.resolve())
-    lines = (directory / "model.toml").read_text().splitlines()
-    (still / "model.toml").write_text(
-        "\n".join("sigma = 0" if line.replace(" ", "").startswith("sigma=") else line for line in lines)
-    )
-    return still
+def _without_noise(predictor: Predictor, defense: ServedDefense) -> tuple[Predictor, ServedDefense]:
+    """The same engine, object for object, with sigma = 0: two of them differ by where their weights lie in memory."""
+    still = copy.copy(predictor)
+    config = predictor.config
+    still.config = config.model_copy(update={"defense": config.defense.model_copy(update={"sigma": 0.0})})
+    return still, still.prepare(defense.version, defense.importance)
 
 
 class Undefended:

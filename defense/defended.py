@@ -117,6 +117,15 @@ class DefendedClassifier(nn.Module):
         class_weights = self._pseudo_label(logits)
         return DefendedPrediction(self._masked_pass(clean, class_weights), undefended_logits, class_weights)
 
+    def second_pass(self, first_pass_logits: Tensor, activations: Tensor, *bypass: Tensor) -> Tensor:
+        """Defended logits [B, C], where the first pass is known already: the tail alone runs.
+
+        Args:
+            first_pass_logits: [B, C], of the noisy copies, averaged; without noise the undefended logits.
+            activations: [B, N, ...] of the clean images, and what bypasses the layer.
+        """
+        return self._masked_pass((activations, *bypass), self._pseudo_label(first_pass_logits))
+
     def train(self, mode: bool = True) -> "DefendedClassifier":
         """Stay in eval mode: this is a test-time defense, and batch statistics would mix the images of a batch."""
         return super().train(False)

@@ -96,7 +96,7 @@ def _heatmap(shown: _Shown) -> tuple[Figure, Numbers]:
     best_class = shown.relative.argmax(axis=0)
     order = np.lexsort((-shown.relative.max(axis=0), best_class))
     cells, per_cell = _largest_of_blocks(shown.relative[:, order], MAX_ROWS, MAX_COLUMNS)
-    figure = _figure(12, 1.8 + min(6.2, max(2.0, 0.28 * shown.num_classes)))
+    figure = new_figure(12, 1.8 + min(6.2, max(2.0, 0.28 * shown.num_classes)))
     axes = figure.add_subplot()
     image = axes.imshow(
         cells,
@@ -130,7 +130,7 @@ def _overlap(shown: _Shown) -> tuple[Figure, Numbers]:
     mean, most = (float(others.mean()), float(others.max())) if len(others) else (0.0, 1.0)
     by_chance = shown.top_k / (2 * shown.num_neurons - shown.top_k)
     cells, per_cell = _largest_of_blocks(jaccard, MAX_OVERLAP_CELLS, MAX_OVERLAP_CELLS)
-    figure = _figure(9.5, 8.5)
+    figure = new_figure(9.5, 8.5)
     axes = figure.add_subplot(facecolor="lightgray")
     image = axes.imshow(
         np.ma.masked_less(cells, 0),
@@ -174,7 +174,7 @@ def _decay(shown: _Shown) -> tuple[Figure, Numbers]:
     curves = -np.sort(-shown.relative, axis=1)
     shares = curves[:, : shown.top_k].sum(axis=1) / np.maximum(curves.sum(axis=1), 1e-12)
     ranks = np.arange(1, shown.num_neurons + 1)
-    figure = _figure(10, 6)
+    figure = new_figure(10, 6)
     axes = figure.add_subplot()
     numbers: Numbers = {
         "classes": shown.names,
@@ -257,7 +257,8 @@ def _each_cell(per_cell: tuple[int, int], rows: str, columns: str) -> str:
     return "" if per_cell == (1, 1) else f"\na cell shows the highest of {per_cell[0]} {rows} x {per_cell[1]} {columns}"
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """A figure of that many inches, made without pyplot."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure

@@ -1,4 +1,4 @@
-"""``igd``: serve, classify, rank, evaluate, importance."""
+"""``igd``: serve, classify, rank, importance, evaluate, analyze, tune."""
 
 import logging
 import sys
@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from defense import DefenseError
-from igd import classify, evaluate, importance, rank, serve, worker
+from igd import analyze, classify, evaluate, importance, rank, serve, tune, worker
 from importance_store import StoreError
 from service.errors import ServiceError
 
@@ -22,6 +22,8 @@ app.command("serve", context_settings=serve.PASS_THROUGH, add_help_option=False)
 app.command("classify")(classify.classify)
 app.command("rank")(rank.rank)
 app.command("evaluate")(evaluate.evaluate)
+app.command("analyze")(analyze.analyze)
+app.command("tune")(tune.tune)
 app.command("worker")(worker.worker)
 app.add_typer(importance.app, name="importance")
 

@@ -51,13 +51,21 @@ def gradient_attack(
 
 
 @torch.no_grad()
-def square_attack(model: nn.Module, x: Tensor, y: Tensor, queries: int) -> Tensor:
-    """Which images [B] withstand a random search: squares of shrinking size, kept where the margin grows.
+def square_attack(
+    model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, queries: int, *, epsilon: float = EPSILON
+) -> tuple[Tensor, Tensor]:
+    """A random search: squares of shrinking size, kept where the margin grows, until an image is misclassified.
 
     After Square Attack (arXiv 1912.00049); one square's place serves all images, its sign is drawn for each.
+
+    Args:
+        model: what is asked: images [B, 1, H, W] to logits or probabilities [B, C].
+
+    Returns:
+        The best images found, and which of them [B] were still classified correctly.
     """
     side = x.shape[-1]
-    adversarial = (x + EPSILON * torch.randn(len(x), 1, 1, side).sign()).clamp(0, 1)
+    adversarial = (x + epsilon * torch.randn(len(x), 1, 1, side).sign()).clamp(0, 1)
     best = margin(model(adversarial), y)
     for i in track(range(queries), description="squares", transient=True):
         todo = (best < 0).nonzero().flatten()
@@ -67,11 +75,11 @@ def square_attack(model: nn.Module, x: Tensor, y: Tensor, queries: int) -> Tenso
         row, column = torch.randint(0, side - size + 1, (2,)).tolist()
         square = (..., slice(row, row + size), slice(column, column + size))
         candidate = adversarial[todo]
-        candidate[square] = (x[todo][square] + EPSILON * torch.randn(len(todo), 1, 1, 1).sign()).clamp(0, 1)
+        candidate[square] = (x[todo][square] + epsilon * torch.randn(len(todo), 1, 1, 1).sign()).clamp(0, 1)
         value = margin(model(candidate), y[todo])
         better = value > best[todo]
         adversarial[todo[better]], best[todo[better]] = candidate[better], value[better]
-    return best < 0
+    return adversarial, best < 0
 
 
 def main() -> None:
@@ -88,7 +96,7 @@ def main() -> None:
     model = load_model(arguments.directory)
     withstood = model(x).argmax(1) == y
     print(report("clean", int(withstood.sum()), len(y)))
-    squares = withstood & square_attack(model, x, y, arguments.queries)
+    squares = withstood & square_attack(model, x, y, arguments.queries)[1]
     print(report("squares, without gradients, alone", int(squares.sum()), len(y)))
     attacks = (("cross-entropy", cross_entropy, 20, 0.01, False), ("margin", margin, 40, 0.05, True),
                ("cross-entropy, decaying step", cross_entropy, 60, 0.1, True))  # fmt: skip

@@ -101,9 +101,11 @@ class Training:
 
 
 def augment(images: Tensor, padding: int = 2) -> Tensor:
-    """Each image shifted by up to ``padding`` pixels (zeros come in) and mirrored with probability 1/2."""
-    count, height, width = images.shape
-    padded = F.pad(images, (padding,) * 4)
+    """Each image ``[N, H, W]`` (or ``[N, H, W, channels]``) shifted by up to ``padding`` pixels (zeros come in) and
+    mirrored with probability 1/2.
+    """
+    count, height, width = images.shape[:3]
+    padded = F.pad(images, (0, 0) * (images.ndim - 3) + (padding,) * 4)
     rows = torch.randint(2 * padding + 1, (count, 1, 1)) + torch.arange(height)[None, :, None]
     columns = torch.arange(width).expand(count, 1, width)
     columns = torch.where(torch.rand(count, 1, 1) < 0.5, columns, width - 1 - columns)

@@ -1,10 +1,11 @@
-"""Train the tiny CLIP that ranks the bundled Fashion-MNIST classifier offline, on a CPU.
+"""Train the tiny CLIP that ranks the bundled Fashion-MNIST classifier offline, on a CPU; or one for CIFAR-10.
 
     python models/train_tiny_clip.py --data DIR --out models/fashion-mnist/clip
+    python models/train_tiny_clip.py --dataset cifar10 --data TRAIN.tar --test-data TEST.tar --out DIR
 
-An open_clip model (its configuration is below) learns Fashion-MNIST image / class-name pairs. Many images of a batch
-share a name, so each image is contrasted with the ten names, not with the other images' (UniCL, arXiv 2204.03610);
-each name is written bare half of the time, in a template otherwise.
+An open_clip model (its configuration is in tiny_clip_data.py) learns pairs of images and class names. Many images of
+a batch share a name, so each image is contrasted with the ten names, not with the other images' (UniCL, arXiv
+2204.03610); each name is written bare half of the time, in a template otherwise.
 
 Every epoch ends with an atomic checkpoint: after any interruption, the same command continues from there.
 """
@@ -14,14 +15,13 @@ import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import open_clip
 import torch
 import torch.nn.functional as F
-from fashion_mnist_data import CLASSES, find_data, load_split, to_input
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors.torch import save_file
+from tiny_clip_data import DATASETS, ClipData, Split
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from train_fashion_mnist import HELD_OUT, augment
@@ -29,39 +29,20 @@ from training import load_state, save_state
 
 from defense.clip import CONFIG_FILE, WEIGHTS_FILE, ClipModel
 
-TEMPLATES = (
-    "a photo of a {}",
-    "a picture of a {}",
-    "a grayscale photo of a {}",
-    "a small photo of a {}",
-    "clothing: {}",
-)
-MODEL_CFG: dict[str, Any] = {
-    "embed_dim": 64,
-    "vision_cfg": {"image_size": 28, "layers": 5, "width": 64, "head_width": 16, "patch_size": 4, "mlp_ratio": 3.0},
-    # Width 32: the vocabulary of open_clip's tokenizer has 49,408 entries, and this is most of the file.
-    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
-}
-PREPROCESS_CFG = {
-    "mean": [0.286] * 3,  # of the training pixels
-    "std": [0.353] * 3,
-    "interpolation": "bicubic",
-    "resize_mode": "shortest",
-}
 README = """\
-# Tiny CLIP for Fashion-MNIST
+# Tiny CLIP for {title}
 
-Written by `python models/train_tiny_clip.py`; loaded by `open_clip` (`local-dir:models/fashion-mnist/clip`) or
+Written by `python models/train_tiny_clip.py`; loaded by `open_clip` (`local-dir:{out}`) or
 `defense.clip.ClipModel.from_directory`. {megabytes:.1f} MB, float16 on disk, float32 in memory.
 
-What it is: a stand-in that makes CD-IR run on the bundled classifier without internet, from end to end, with the
-same code as any open_clip model. It knows the ten Fashion-MNIST class names, bare and in these templates:
+What it is: a stand-in that makes CD-IR run on a {title} classifier without internet, from end to end, with the
+same code as any open_clip model. It knows the ten {title} class names, bare and in these templates:
 
 {templates}
 
-On the 10,000 test images it picks the right bare name for {accuracy:.2%} of them. That is "zero-shot" only in form:
+On the {tested:,} test images it picks the right bare name for {accuracy:.2%} of them. That is "zero-shot" only in form:
 it was trained on these very names, and on the training images that the classifier's probe set comes from, too
-(all but the last {held_out:,}).
+(all but {held_out:,}).
 
 What it is not: a CLIP that knows the world. A word that is in none of its training texts is an all-zero token to it,
 so other class names give meaningless features. Nothing published in the IG-Defense or CLIP-Dissect papers was measured
@@ -73,6 +54,7 @@ with it; for your own classifier, use a real CLIP (`ViT-B-16`, `openai` is the p
 class Recipe:
     """All that decides the weights; a checkpoint made with another recipe is refused."""
 
+    dataset: str = "fashion-mnist"
     epochs: int = 12
     seed: int = 0
     limit: int | None = None  # training images used; None is all but the held-out ones
@@ -82,6 +64,10 @@ class Recipe:
     warm_up: float = 0.1  # fraction of the training over which the rate grows
     label_smoothing: float = 0.05
     bare_names: float = 0.5  # of the batches see bare names, the others a template
+
+    @property
+    def data(self) -> ClipData:
+        return DATASETS[self.dataset]
 
 
 @dataclass
@@ -97,7 +83,7 @@ class Training:
     def start(cls, recipe: Recipe) -> "Training":
         """Seeded initial weights."""
         torch.manual_seed(recipe.seed)
-        model = open_clip.CLIP(**MODEL_CFG)
+        model = open_clip.CLIP(**recipe.data.model_cfg)
         decayed = [p for name, p in model.named_parameters() if p.ndim > 1 and "embedding" not in name]
         others = [p for name, p in model.named_parameters() if p.ndim <= 1 or "embedding" in name]
         groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -121,16 +107,23 @@ class Training:
         self.epoch = state["epoch"]
 
 
-def tokenized(template: str) -> Tensor:
-    """Tokens of the ten class names in a template, int64 ``[10, context]``."""
-    tokenize = open_clip.SimpleTokenizer(context_length=MODEL_CFG["text_cfg"]["context_length"])
-    tokens: Tensor = tokenize([template.replace("{}", name) for name in CLASSES])
+def tokenized(data: ClipData, template: str = "{}") -> Tensor:
+    """Tokens of the class names in a template, int64 ``[C, context]``."""
+    tokenize = open_clip.SimpleTokenizer(context_length=data.model_cfg["text_cfg"]["context_length"])
+    tokens: Tensor = tokenize([template.replace("{}", name) for name in data.names])
     return tokens
 
 
-def normalized(images: Tensor) -> Tensor:
-    """Pixels as CLIP takes them, ``[N, 3, 28, 28]``, of uint8 images ``[N, 28, 28]``."""
-    return ((to_input(images) - PREPROCESS_CFG["mean"][0]) / PREPROCESS_CFG["std"][0]).expand(-1, 3, -1, -1)
+def to_pixels(images: Tensor) -> Tensor:
+    """Pixels in [0, 1], ``[N, 1 or 3, H, W]``, of uint8 images ``[N, H, W]`` or ``[N, H, W, 3]``."""
+    channels_first = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2)
+    return channels_first.float() / 255
+
+
+def normalized(images: Tensor, data: ClipData) -> Tensor:
+    """Pixels as CLIP takes them, ``[N, 3, H, W]``, of uint8 images."""
+    mean, std = (torch.tensor(data.preprocess_cfg[name]).view(3, 1, 1) for name in ("mean", "std"))
+    return (to_pixels(images) - mean) / std
 
 
 def rate_at(recipe: Recipe, progress: float) -> float:
@@ -143,7 +136,7 @@ def train_batch(training: Training, images: Tensor, labels: Tensor, tokens: Tens
     model = training.model
     # The CPU's fused attention is four times slower backwards than plain matrix products at this size.
     with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-        image_features = model.encode_image(normalized(augment(images)))
+        image_features = model.encode_image(normalized(augment(images), training.recipe.data))
         text_features = model.encode_text(tokens)
     cosines = F.normalize(image_features.float(), dim=1) @ F.normalize(text_features.float(), dim=1).T
     logits = model.logit_scale.exp() * cosines
@@ -175,11 +168,11 @@ def train_epoch(training: Training, images: Tensor, labels: Tensor, texts: list[
 
 
 @torch.no_grad()
-def held_out_accuracy(model: open_clip.CLIP, images: Tensor, labels: Tensor, bare: Tensor) -> float:
+def held_out_accuracy(training: Training, images: Tensor, labels: Tensor) -> float:
     """How often the nearest bare name is the image's."""
-    model.eval()
-    names = model.encode_text(bare, normalize=True)
-    nearest = (model.encode_image(normalized(images), normalize=True) @ names.T).argmax(1)
+    model, data = training.model.eval(), training.recipe.data
+    names = model.encode_text(tokenized(data), normalize=True)
+    nearest = (model.encode_image(normalized(images, data), normalize=True) @ names.T).argmax(1)
     return float((nearest == labels).float().mean())
 
 
@@ -187,7 +180,8 @@ def train(training: Training, images: Tensor, labels: Tensor, checkpoint: Path) 
     """Run the remaining epochs; print a line and write the checkpoint after each of them."""
     held_images, held_labels = images[-HELD_OUT:], labels[-HELD_OUT:]
     images, labels = images[:-HELD_OUT][: training.recipe.limit], labels[:-HELD_OUT][: training.recipe.limit]
-    texts = [tokenized(template) for template in ("{}", *TEMPLATES)]
+    data = training.recipe.data
+    texts = [tokenized(data, template) for template in ("{}", *data.templates)]
     steps = -(-len(images) // training.recipe.batch)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TextColumn("eta"), TimeRemainingColumn(elapsed_when_finished=False)) as progress:
@@ -195,7 +189,7 @@ def train(training: Training, images: Tensor, labels: Tensor, checkpoint: Path) 
         while training.epoch < training.recipe.epochs:
             started = time.monotonic()
             loss = train_epoch(training, images, labels, texts, progress)
-            accuracy = held_out_accuracy(training.model, held_images, held_labels, texts[0])
+            accuracy = held_out_accuracy(training, held_images, held_labels)
             training.save(checkpoint)
             progress.console.print(
                 f"epoch {training.epoch}/{training.recipe.epochs}: loss {loss:.3f}, held-out {accuracy:.1%}, "
@@ -203,38 +197,52 @@ def train(training: Training, images: Tensor, labels: Tensor, checkpoint: Path) 
             )
 
 
-def write_model(model: open_clip.CLIP, out: Path) -> None:
+def write_model(model: open_clip.CLIP, data: ClipData, out: Path) -> None:
     """The configuration and the weights in float16; tokens that no training text has become zero, so git packs them."""
     out.mkdir(parents=True, exist_ok=True)
-    config = {"model_cfg": MODEL_CFG, "preprocess_cfg": PREPROCESS_CFG}
+    config = {"model_cfg": data.model_cfg, "preprocess_cfg": data.preprocess_cfg}
     (out / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
     tensors = {name: tensor.detach().half().contiguous().clone() for name, tensor in model.state_dict().items()}
-    seen = torch.cat([tokenized(template) for template in ("{}", *TEMPLATES)]).unique()
+    seen = torch.cat([tokenized(data, template) for template in ("{}", *data.templates)]).unique()
     embedding = torch.zeros_like(tensors["token_embedding.weight"])
     embedding[seen] = tensors["token_embedding.weight"][seen]
     save_file(tensors | {"token_embedding.weight": embedding}, out / WEIGHTS_FILE)
     (out / WEIGHTS_FILE).chmod(0o644)  # safetensors writes for the owner only, and the service is another user
 
 
-def zero_shot_accuracy(clip: ClipModel, images: Tensor, labels: Tensor) -> float:
+def zero_shot_accuracy(clip: ClipModel, data: ClipData, images: Tensor, labels: Tensor) -> float:
     """How often the nearest bare class name is the image's, with the model as it was written."""
-    names = F.normalize(clip.text_features(CLASSES), dim=1)
-    nearest = [(clip.image_features(to_input(part)) @ names.T).argmax(1) for part in images.split(500)]
+    names = F.normalize(clip.text_features(data.names), dim=1)
+    nearest = [(clip.image_features(to_pixels(part)) @ names.T).argmax(1) for part in images.split(500)]
     return float((torch.cat(nearest) == labels).float().mean())
 
 
-def write_readme(out: Path, accuracy: float) -> None:
+def write_readme(out: Path, data: ClipData, accuracy: float, tested: int) -> None:
     """What it is and is not, with the measured figures."""
     megabytes = (out / WEIGHTS_FILE).stat().st_size / 1e6
-    templates = "\n".join(f"- `{template}`" for template in TEMPLATES)
-    text = README.format(megabytes=megabytes, templates=templates, accuracy=accuracy, held_out=HELD_OUT)
-    (out / "README.md").write_text(text)
+    templates = "\n".join(f"- `{template}`" for template in data.templates)
+    figures = {"megabytes": megabytes, "accuracy": accuracy, "tested": tested, "held_out": HELD_OUT}
+    (out / "README.md").write_text(README.format(title=data.title, out=out, templates=templates, **figures))
+
+
+def write_and_print_accuracy(data: ClipData, test_set: Split, out: Path) -> None:
+    """How well the model as it was written names the test images, in its README and on the terminal."""
+    accuracy, tested = zero_shot_accuracy(ClipModel.from_directory(out), data, *test_set), len(test_set[1])
+    write_readme(out, data, accuracy, tested)
+    print(f"zero-shot accuracy on the {tested:,} test images: {accuracy:.2%}")
+    print(f"wrote {out}, {(out / WEIGHTS_FILE).stat().st_size / 1e6:.2f} MB")
 
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, help="folder of the idx files (default: Debian's, else a download)")
+    parser.add_argument("--dataset", choices=list(DATASETS), default=Recipe.dataset)
+    parser.add_argument(
+        "--data",
+        type=Path,
+        help="Fashion-MNIST: folder of the idx files (default: Debian's, else a download); else a tar",
+    )
+    parser.add_argument("--test-data", type=Path, help="CIFAR-10: tar of the test images")
     parser.add_argument("--out", type=Path, default=Path("models/fashion-mnist/clip"), help="folder of the results")
     parser.add_argument("--checkpoint", type=Path, default=Path(".cache/tiny-clip-training.pt"))
     parser.add_argument("--epochs", type=int, default=Recipe.epochs)
@@ -246,17 +254,15 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Train or continue, then write the model and say how well it names the test images."""
     arguments = parse_arguments()
-    data = find_data(arguments.data)
     torch.set_flush_denormal(True)  # denormal numbers slow a CPU down many times
-    training = Training.start(Recipe(epochs=arguments.epochs, seed=arguments.seed, limit=arguments.limit))
+    recipe = Recipe(arguments.dataset, epochs=arguments.epochs, seed=arguments.seed, limit=arguments.limit)
+    training_set, test_set = recipe.data.load(arguments)
+    training = Training.start(recipe)
     if arguments.checkpoint.exists():
         training.restore(arguments.checkpoint)
-    train(training, *load_split(data, train=True), arguments.checkpoint)
-    write_model(training.model, arguments.out)
-    accuracy = zero_shot_accuracy(ClipModel.from_directory(arguments.out), *load_split(data, train=False))
-    write_readme(arguments.out, accuracy)
-    print(f"zero-shot accuracy on the 10,000 test images: {accuracy:.2%}")
-    print(f"wrote {arguments.out}, {(arguments.out / WEIGHTS_FILE).stat().st_size / 1e6:.2f} MB")
+    train(training, *training_set, arguments.checkpoint)
+    write_model(training.model, recipe.data, arguments.out)
+    write_and_print_accuracy(recipe.data, test_set, arguments.out)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What moves when somebody attacks."""
 
-from panels import HERE, PER_S, Rows, panel, quantiles, stat
+from panels import HERE, IMAGES_PER_S, PER_S, Rows, if_nan, panel, quantiles, stat
 
 
 def defense() -> Rows:
@@ -15,12 +15,17 @@ def defense() -> Rows:
         (
             "Now",
             [
-                stat("Images", "ops", predictions),
+                stat("Images", IMAGES_PER_S, predictions),
                 stat("Changed by the defense", "percentunit", share["defense_changed"]),
                 stat("Pseudo-label disagrees", "percentunit", share["pseudo_label_disagreement"]),
                 stat("Median margin", "none", quantiles(margin)[0][0], decimals=2),
                 stat("Age of the importance", "s", f"max(igd_importance_age_seconds{{{HERE}}})"),
-                stat("Agreement with float32", "percentunit", f"min(igd_precision_agreement{{{HERE}}})"),
+                stat(
+                    "Agreement with float32",
+                    "percentunit",
+                    f"min(igd_precision_agreement{{{HERE}}})",
+                    mappings=if_nan("not compared"),
+                ),
             ],
         ),
         (
@@ -64,7 +69,7 @@ def defense() -> Rows:
             [
                 panel(
                     "By class (20 most frequent)",
-                    "ops",
+                    IMAGES_PER_S,
                     (f"topk(20, sum by (class) (rate(igd_predictions_total{PER_S})))", "{{class}}"),
                 ),
                 panel(
@@ -75,6 +80,7 @@ def defense() -> Rows:
                         "{{class}}",
                     ),
                     kind="bargauge",
+                    decimals=0,
                 ),
             ],
         ),
@@ -90,6 +96,7 @@ def defense() -> Rows:
                     "Agreement with float32",
                     "percentunit",
                     (f"igd_precision_agreement{{{HERE}}}", "{{instance}}"),
+                    min=0.9,
                     max=1,
                 ),
             ],

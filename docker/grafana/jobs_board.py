@@ -1,6 +1,6 @@
 """The ranking jobs; every replica shows all of them, hence the maxima."""
 
-from panels import HERE, Rows, panel, quantiles, stat
+from panels import HERE, LOG_SCALE, Rows, if_nan, panel, quantiles, stat
 
 
 def jobs() -> Rows:
@@ -14,8 +14,13 @@ def jobs() -> Rows:
                 stat("Queued", "none", f'max(igd_jobs{{{HERE},state="queued"}})'),
                 stat("Interrupted", "none", f'max(igd_jobs{{{HERE},state="interrupted"}})'),
                 stat("Failed (kept)", "none", f'max(igd_jobs{{{HERE},state="failed"}})'),
-                stat("Progress", "percentunit", f"max(igd_job_progress_ratio{{{HERE}}})"),
-                stat("Time left", "s", f"max(igd_job_eta_seconds{{{HERE}}})"),
+                stat(
+                    "Progress",
+                    "percentunit",
+                    f"max(igd_job_progress_ratio{{{HERE}}})",
+                    mappings=if_nan("none runs"),
+                ),
+                stat("Time left", "s", f"max(igd_job_eta_seconds{{{HERE}}})", mappings=if_nan("unknown")),
             ],
         ),
         (
@@ -57,6 +62,7 @@ def jobs() -> Rows:
                     "/classify p99 meanwhile",
                     "s",
                     quantiles(f'igd_request_duration_seconds_bucket{{{HERE},endpoint="classify"}}')[2],
+                    custom=LOG_SCALE,
                 ),
             ],
         ),

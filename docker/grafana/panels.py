@@ -6,6 +6,8 @@ DATASOURCE = {"type": "prometheus", "uid": "prometheus"}
 COLUMNS, HEIGHT, STAT_HEIGHT = 24, 8, 4
 HERE = 'job="ig-defense",instance=~"$instance"'
 PER_S = f"{{{HERE}}}[$__rate_interval]"
+IMAGES_PER_S = "suffix: img/s"
+LOG_SCALE = {"scaleDistribution": {"type": "log", "log": 10}}  # where a queue would hide all other stages
 
 Json = dict[str, Any]
 Rows = list[tuple[str, list[Json]]]
@@ -38,7 +40,8 @@ def panel(
         {"refId": chr(ord("A") + i), "expr": expr, "legendFormat": legend, "instant": instant, "range": not instant}
         for i, (expr, legend) in enumerate(queries)
     ]
-    defaults = {"unit": unit, "min": 0} | field
+    # A logarithmic scale has no zero.
+    defaults = {"unit": unit} | ({} if "custom" in field else {"min": 0}) | field
     return {
         "type": kind,
         "title": title,
@@ -57,6 +60,11 @@ def stat(
     made = panel(title, unit, (expr, legend), kind="stat", width=width, **field)
     made["options"] = made["options"] | ({"textMode": "name"} if text else {})
     return made
+
+
+def if_nan(text: str) -> list[Json]:
+    """What to show in place of NaN, which says that there is nothing to measure."""
+    return [{"type": "special", "options": {"match": "nan", "result": {"text": text, "index": 0}}}]
 
 
 def quantiles(metric: str, by: str = "") -> list[tuple[str, str]]:

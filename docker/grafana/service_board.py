@@ -1,6 +1,6 @@
 """What operators look at first."""
 
-from panels import HERE, PER_S, Json, Rows, panel, quantiles, stat
+from panels import HERE, IMAGES_PER_S, LOG_SCALE, PER_S, Json, Rows, panel, quantiles, stat
 
 
 def service() -> Rows:
@@ -14,7 +14,7 @@ def service() -> Rows:
             [
                 stat("Replicas up", "none", 'sum(up{job="ig-defense"})'),
                 stat("Requests", "reqps", f"sum(rate(igd_requests_total{PER_S}))"),
-                stat("Images", "ops", f"sum(rate(igd_predictions_total{PER_S}))"),
+                stat("Images", IMAGES_PER_S, f"sum(rate(igd_predictions_total{PER_S}))"),
                 stat("Store", "none", f"min(igd_store_up{{{HERE}}})", mappings=up_or_down()),
                 stat("Model", "none", f"igd_model_info{{{HERE}}}", "{{model}}, {{dtype}}, {{compiler}}", text=True),
                 stat("Importance", "none", f"igd_importance_info{{{HERE}}}", "{{method}} {{version}}", text=True),
@@ -39,14 +39,17 @@ def service() -> Rows:
                 panel(
                     "Rejected by reason", "reqps", (f"sum by (reason) (rate(igd_rejected_total{PER_S}))", "{{reason}}")
                 ),
-                panel("/classify, seconds", "s", *quantiles(classify)),
+                panel("/classify, seconds", "s", *quantiles(classify), custom=LOG_SCALE),
             ],
         ),
         (
             "Stages",
             [
                 panel(
-                    "p95 by stage", "s", (f"histogram_quantile(0.95, sum by (le, stage) (rate({stage})))", "{{stage}}")
+                    "p95 by stage",
+                    "s",
+                    (f"histogram_quantile(0.95, sum by (le, stage) (rate({stage})))", "{{stage}}"),
+                    custom=LOG_SCALE,
                 ),
                 panel(
                     "Mean by stage",
@@ -56,6 +59,7 @@ def service() -> Rows:
                         f" / sum by (stage) (rate(igd_stage_duration_seconds_count{PER_S}))",
                         "{{stage}}",
                     ),
+                    custom=LOG_SCALE,
                 ),
             ],
         ),
@@ -92,6 +96,7 @@ def service() -> Rows:
                         f"histogram_quantile(0.95, sum by (le, operation) (rate({store})))",
                         "{{operation}}",
                     ),
+                    custom=LOG_SCALE,
                 ),
                 panel(
                     "Store errors",

@@ -6,6 +6,8 @@ import re
 import shutil
 import socket
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import httpx
@@ -95,6 +97,16 @@ def test_every_panel_has_an_answer(server, prometheus, until):
     for path in DASHBOARDS:
         for title, query in queries(path):
             until(lambda q=query: ask(prometheus, q), f"an answer to '{title}' of {path.name}, {query}")
+
+
+def test_the_dashboards_can_be_drawn_without_grafana(prometheus, until, tmp_path):
+    until(lambda: ask(prometheus, "igd_importance_info"), "a scrape")
+    now = time.time()
+    command = [sys.executable, REPOSITORY / "docker/grafana/draw.py", str(prometheus.base_url)]
+    subprocess.run([*command, "--from", str(now - 60), "--to", str(now), "--output", tmp_path], check=True)
+    pictures = {path.stem.removeprefix("dashboard-"): Image.open(path) for path in tmp_path.glob("dashboard-*.png")}
+    assert set(pictures) == {path.stem for path in DASHBOARDS}
+    assert all(len(picture.convert("L").getcolors()) > 20 for picture in pictures.values())  # not blank
 
 
 def test_the_server_answers_what_prometheus_reads_without_a_complaint(server, prometheus, until):

@@ -1,0 +1,1 @@
+"""A served model, clients of it, and a Prometheus that watches."""

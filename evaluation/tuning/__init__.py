@@ -1,0 +1,1 @@
+"""Choose the defense's settings for a model: what ``igd tune`` runs."""
