@@ -50,8 +50,14 @@ def verdicts(report: Report) -> str:
             lines.append(
                 f"Worst-case gain of {row['defense']} over {row['control']}: {points(row['mean'])} points "
                 f"({points(row['low'])} to {points(row['high'])}, p = {row['p']:.2g}): {sure} from zero."
+                + ("" if row["wins"] or row["losses"] else _hidden(report["n"]))
             )
     return "\n".join(lines)
+
+
+def _hidden(n: int) -> str:
+    # A bootstrap of equal outcomes has an interval of no width, which would claim too much: the rule of three.
+    return f" No image differs; a difference of up to {percent(3 / n)} points could be hidden in {n} images."
 
 
 def targets_table(report: Report) -> str:

@@ -131,7 +131,8 @@ def read_outcomes(folder: Path, target: str, seed: int, attacks: Sequence[str], 
     # Of two blocks that start at the same image, the longer one is of a later sitting.
     for block in sorted(map(read_json, files), key=lambda block: (block["start"], -block["stop"])):
         follows = block["start"] == (blocks[-1]["stop"] if blocks else 0)
-        if follows and "clean" in block and all(name in block["attacks"] for name in attacks):
+        wanted = n is None or block["start"] < n
+        if wanted and follows and "clean" in block and all(name in block["attacks"] for name in attacks):
             blocks.append(block)
     if not blocks:
         raise EvaluationError(f"no finished block of '{target}' with seed {seed} in {folder}; run igd evaluate first")

@@ -16,7 +16,7 @@ from evaluation.test_images import Block
 from toy_defenses import EPSILON, ArgmaxPseudoLabel, ConstantNoise, DetachedPseudoLabel, gray_row, two_way_defense
 
 COUNT = 12
-WARM = 1.0  # warm enough for float32 to hold the gradient through the masks
+WARM = 0.5  # warm enough for float32 to hold the gradient through the masks
 BUDGET = Budget(EPSILON, "Linf")
 EFFORT = Effort(steps=20, eot=4, targets=1, queries=100, draws=3)
 ATTACKS = ("apgd-ce", "bpda", "joint")
