@@ -270,10 +270,11 @@ class Predictor:
         for ``WARM_UP_S``.
         """
         draws = self.config.defense.num_noise_samples if self.config.defense.sigma else 0
-        others = range(1, self._sizes[-1]) if engine.compiler == "openvino" else ()
+        openvino = engine.compiler == "openvino"
+        others = [size for size in range(1, self._sizes[-1]) if openvino and size not in self._sizes]
         began_s = time.perf_counter()
-        for size in [*self._sizes, *others]:
-            if size not in self._sizes and time.perf_counter() - began_s > WARM_UP_S:
+        for i, size in enumerate([*self._sizes, *others]):
+            if i >= len(self._sizes) and time.perf_counter() - began_s > WARM_UP_S:
                 return
             values = engine.cut(torch.zeros(size * (1 + draws), *self.config.input.shape, device=self.device))
             engine.tail(*values)

@@ -51,10 +51,7 @@ class SmoothPseudoLabel(nn.Module):
         self.defended, self.temperature = defended, temperature
 
     def forward(self, images: Tensor) -> Tensor:
-        clean, first = first_pass_of(self.defended, images)
-        smooth = torch.softmax(first / self.temperature, dim=1)
-        weights = smooth + (self.defended._pseudo_label(first) - smooth).detach()
-        return self.defended._masked_pass(clean, weights)
+        return smooth_passes(self.defended, images, self.temperature)[1]
 
 
 class BothPasses(nn.Module):
@@ -65,10 +62,7 @@ class BothPasses(nn.Module):
         self.defended, self.temperature = defended, temperature
 
     def forward(self, images: Tensor) -> Tensor:
-        clean, first = first_pass_of(self.defended, images)
-        smooth = torch.softmax(first / self.temperature, dim=1)
-        weights = smooth + (self.defended._pseudo_label(first) - smooth).detach()
-        second = self.defended._masked_pass(clean, weights)
+        first, second = smooth_passes(self.defended, images, self.temperature)
         return (first.log_softmax(dim=1) + second.log_softmax(dim=1)) / 2
 
 
@@ -118,3 +112,11 @@ class FixedNoise(nn.Module):
 def first_pass_of(defended: DefendedClassifier, images: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
     """What crosses the split for the clean images, and the first pass's logits [B, C]."""
     return defended._first_pass(defended.split.cut(defended.with_noisy_copies(images)))
+
+
+def smooth_passes(defended: DefendedClassifier, images: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Logits [B, C] of both passes; backward, the pseudo-label's softmax has another temperature."""
+    clean, first = first_pass_of(defended, images)
+    smooth = torch.softmax(first / temperature, dim=1)
+    weights = smooth + (defended._pseudo_label(first) - smooth).detach()
+    return first, defended._masked_pass(clean, weights)

@@ -173,3 +173,15 @@ def test_a_device_that_is_not_there_is_named():
         resolve_device("cuda:7")
     with pytest.raises(EngineError, match="IGD_DEVICE=abacus cannot be used"):
         resolve_device("abacus")
+
+
+@needs_openvino
+@pytest.mark.parametrize(("seconds", "seen"), [(60.0, [1, 2, 4, 6, 3, 5]), (0.0, [1, 2, 4, 6])])
+def test_every_batch_size_is_run_once_before_serving_while_time_is_left(tiny_model, monkeypatch, seconds, seen):
+    sizes, cut = [], EngineSplit.cut
+    monkeypatch.setattr(predictor, "WARM_UP_S", seconds)
+    monkeypatch.setattr(EngineSplit, "cut", lambda engine, images: (sizes.append(len(images)), cut(engine, images))[1])
+    served = Predictor(tiny_model, compiler="openvino", dtype="float32", max_batch_size=6)
+    draws = served.config.defense.num_noise_samples if served.config.defense.sigma else 0
+    served._fast_engine(served.split.layer)
+    assert [size / (1 + draws) for size in sizes] == seen
