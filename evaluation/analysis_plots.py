@@ -16,7 +16,8 @@ from torch import Tensor
 
 from evaluation.analysis import ATTACKED, ATTACKED_ONLY, GROUPS, OTHERS, TRUE, TRUE_ONLY, UNIMPORTANT, Analysis
 from evaluation.errors import EvaluationError
-from evaluation.importance_plots import DPI, new_figure
+from evaluation.figures import new_figure
+from evaluation.importance_plots import DPI
 from evaluation.statistics import bootstrap_interval, wilson_interval
 
 Numbers = dict[str, Any]

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 from numpy.typing import NDArray
 
 from defense import NeuronImportance, top_k_masks
+from evaluation.figures import new_figure
 
 Numbers = dict[str, Any]
 Array = NDArray[np.float64]
@@ -255,13 +255,6 @@ def _largest_of_blocks(matrix: Array, max_rows: int, max_columns: int) -> tuple[
 
 def _each_cell(per_cell: tuple[int, int], rows: str, columns: str) -> str:
     return "" if per_cell == (1, 1) else f"\na cell shows the highest of {per_cell[0]} {rows} x {per_cell[1]} {columns}"
-
-
-def new_figure(width: float, height: float) -> Figure:
-    """A figure of that many inches, made without pyplot."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
 
 
 def _extent(columns: int, rows: int) -> tuple[float, float, float, float]:

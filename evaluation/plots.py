@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from evaluation.attacks import first_pass, undefended
+from evaluation.figures import new_figure
 from evaluation.outcomes import BlockFile, Outcomes
 from evaluation.protocol import seed_of
 from evaluation.statistics import wilson_interval
@@ -47,7 +47,7 @@ def write_plots(evaluation: "Evaluation", results: Sequence["Result"], curves: "
 
 def _targets(results: Sequence["Result"]) -> Figure:
     """Clean and worst-case accuracy of each target, with intervals."""
-    figure, n = _figure(9, 1.2 + 0.55 * len(results)), len(results[0].worst)
+    figure, n = new_figure(9, 1.2 + 0.55 * len(results)), len(results[0].worst)
     axes = figure.add_subplot()
     for row, result in enumerate(results):
         for offset, right, color, label in (
@@ -70,7 +70,7 @@ def _attacks(results: Sequence["Result"]) -> Figure:
     names = ["clean", *results[0].first.after]
     columns = min(3, len(results))
     rows = -(-len(results) // columns)
-    figure = _figure(4.2 * columns + 1, rows * (1.1 + 0.28 * len(names)))
+    figure = new_figure(4.2 * columns + 1, rows * (1.1 + 0.28 * len(names)))
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
     for axes, result in zip(panels, results, strict=False):
         n, steps = len(result.first), [result.first.clean, *result.first.after.values()]
@@ -95,7 +95,7 @@ def _attacks(results: Sequence["Result"]) -> Figure:
 def _broken_by(results: Sequence["Result"]) -> Figure:
     """Attacks x images: the share of noise draws that an attack's image survived."""
     names = ["clean", *results[0].first.after]
-    figure = _figure(11, len(results) * (0.45 + 0.17 * len(names)) + 1.2)
+    figure = new_figure(11, len(results) * (0.45 + 0.17 * len(names)) + 1.2)
     panels = figure.subplots(len(results), 1, squeeze=False).flatten()
     for axes, result in zip(panels, results, strict=True):
         cells = np.stack([result.first.clean, *result.first.alone.values()])
@@ -121,7 +121,7 @@ def _first_broken_order(outcomes: Outcomes) -> NDArray[np.int64]:
 
 def _curve(curves: "Curves") -> Figure:
     """Robust accuracy over epsilon, with intervals."""
-    figure = _figure(9, 5)
+    figure = new_figure(9, 5)
     axes = figure.add_subplot()
     for style, (name, points) in zip(cycle(_STYLES), curves.items(), strict=False):
         epsilons = [point["epsilon"] for point in points]
@@ -151,7 +151,7 @@ def _examples(evaluation: "Evaluation", results: Sequence["Result"]) -> Figure |
     adversarial = torch.stack([found[place][1] for place in shown])
     names = evaluation.class_names
     columns = ["clean", "change x 10", "adversarial"]
-    figure = _figure(1.7 * len(shown), 6.6)
+    figure = new_figure(1.7 * len(shown), 6.6)
     grid = figure.subplots(3, len(shown), squeeze=False)
     captions = [_captions(result.target.model, x, names) for x in (clean, adversarial)]
     for column, place in enumerate(shown):
@@ -217,9 +217,3 @@ def _percent_axis(axes: Axes) -> None:
     axes.set_xlim(0, 1)
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.grid(axis="x", alpha=0.3)
-
-
-def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure

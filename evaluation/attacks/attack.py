@@ -80,7 +80,7 @@ class Attack(ABC):
 
     def run(self, model: nn.Module, images: Tensor, labels: Tensor, budget: Budget, seed: int = 0) -> AttackResult:
         """The same, with what it cost."""
-        count = _Calls()
+        count, images = _Calls(), images.contiguous()  # pyautoattack takes views of them
         with _seeded(seed), _frozen(model):
             worst = _Worst(_Counted(model, count), images, labels, self.effort.draws)
             for surrogate, optimize in self.stages(model):

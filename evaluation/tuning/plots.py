@@ -3,7 +3,7 @@
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from evaluation.importance_plots import new_figure
+from evaluation.figures import new_figure
 from evaluation.statistics import wilson_interval
 from evaluation.tuning.tune import Candidate, Tuning
 

@@ -114,7 +114,6 @@ def tune(
         report: called with what is under way and how far it is.
         kept: results of candidates that earlier runs attacked.
     """
-    images = images.contiguous()  # the attacks' library takes no other memory layout
     select, final = halves(len(labels), plan.seed)
     run = _Run(splits, rankings, plan, report or (lambda what, done, total: None), kept or KeptResults(None))
     selection = run.half(images[select], labels[select])

@@ -56,6 +56,17 @@ def test_an_attack_that_opens_the_pseudo_label_breaks_what_plain_apgd_cannot():
     assert {name: stands(name) for name in knowing} == dict.fromkeys(knowing, 0)
 
 
+@pytest.mark.parametrize("name", ["apgd-ce", "apgd-t", "fab-t", "square"])
+def test_images_may_lie_in_memory_in_any_order(linear, name):
+    images = gray_images(3)
+    labels = linear(images).argmax(dim=1)
+    budget = Budget(1.2 * float(distance_to_border(linear, images, "Linf").min()))
+    other_order = images.permute(0, 3, 2, 1).contiguous().permute(0, 3, 2, 1)
+    assert not other_order.is_contiguous()
+    found = [attack_by_name(name, SMALL)(linear, x, labels, budget, seed=0) for x in (images, other_order)]
+    assert torch.equal(*found)
+
+
 def test_the_same_seed_finds_the_same_images_and_leaves_the_global_generator_alone():
     model, images, labels = two_way_defense(sigma=0.02), gray_row(3), torch.zeros(3, dtype=torch.int64)
     attack = attack_by_name("eot-ce", SMALL)
