@@ -19,8 +19,7 @@ from defense import (
     rank_neurons,
     read_config,
 )
-from igd.evaluate import NormName
-from igd.options import Model, settings_of
+from igd.options import Epsilon, Model, Norm, NormName, TestData, settings_of
 from igd.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -29,13 +28,11 @@ if TYPE_CHECKING:
 
 
 def analyze(
-    epsilon: Annotated[float, typer.Option(min=0, help="Radius of the attack, in units of [0, 1] pixels.")],
-    data: Annotated[
-        str, typer.Option(help="Test images: tar or folder of class folders, arrays, CIFAR's or MNIST's folder.")
-    ] = "probe",
+    epsilon: Epsilon,
+    data: TestData = "probe",
     out: Annotated[Path, typer.Option(file_okay=False, help="Folder of the pictures.")] = Path("analysis"),
     attack: Annotated[str, typer.Option(help="Name of an attack, as in igd evaluate.")] = "apgd-ce",
-    norm: Annotated[NormName, typer.Option(help="Of the perturbation.")] = NormName.LINF,
+    norm: Norm = NormName.LINF,
     n: Annotated[int, typer.Option("-n", min=1, help="Images.")] = 500,
     layer: Annotated[str | None, typer.Option(help="Split layer; model.toml's by default.")] = None,
     importance: Annotated[

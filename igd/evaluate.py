@@ -12,15 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from defense.shards import rank_and_world
-from igd.options import Model, settings_of
+from igd.options import Epsilon, Model, Norm, NormName, TestData, items_of, named_files, settings_of
 from igd.rank import processes
-
-
-class NormName(StrEnum):
-    """Of the perturbation."""
-
-    LINF = "Linf"
-    L2 = "L2"
 
 
 class PresetName(StrEnum):
@@ -39,14 +32,12 @@ class Precision(StrEnum):
 
 
 def evaluate(
-    epsilon: Annotated[float, typer.Option(min=0, help="Radius of the attack, in units of [0, 1] pixels.")],
-    data: Annotated[
-        str, typer.Option(help="Test images: tar or folder of class folders, arrays, CIFAR's or MNIST's folder.")
-    ] = "probe",
+    epsilon: Epsilon,
+    data: TestData = "probe",
     out: Annotated[Path, typer.Option(file_okay=False, help="Folder of outcomes and report; continues there.")] = Path(
         "evaluation-report"
     ),
-    norm: Annotated[NormName, typer.Option(help="Of the perturbation.")] = NormName.LINF,
+    norm: Norm = NormName.LINF,
     n: Annotated[int | None, typer.Option("-n", min=1, help="Images; default: the preset's.")] = None,
     preset: Annotated[PresetName, typer.Option(help="Which attacks, and how hard they try.")] = PresetName.QUICK,
     attacks: Annotated[str | None, typer.Option(help="Names with commas in place of the preset's.")] = None,
@@ -79,13 +70,13 @@ def evaluate(
     chosen = preset_of(preset.value)
     settings = RunSettings(
         budget=Budget(epsilon, norm.value),
-        attacks=tuple(_names(attacks)) if attacks else chosen.attacks,
+        attacks=tuple(items_of(attacks, str)) if attacks else chosen.attacks,
         effort=with_effort(
             chosen.effort,
             {"steps": steps, "eot": eot, "targets": targets, "queries": queries, "precision": precision.value},
         ),
         redraws=redraws,
-        seeds=tuple(int(seed) for seed in _names(seeds)),
+        seeds=tuple(items_of(seeds, int)),
         block_size=block_size,
     )
     job = Job(
@@ -94,8 +85,8 @@ def evaluate(
         data=data,
         n=n or chosen.n,
         n_given=n is not None,
-        importances=dict(_pair(i) for i in importance or []),
-        controls=tuple(_names(controls)),
+        importances=named_files(importance),
+        controls=tuple(items_of(controls, str)),
         random_masks=random_masks,
         curve_images=curve,
         keep_adversarial=keep_images,
@@ -112,14 +103,3 @@ def evaluate(
         if rank_and_world()[0] == 0:
             for path in evaluation.report():
                 typer.echo(path)
-
-
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def _pair(text: str) -> tuple[str, Path]:
-    name, separator, file = text.partition("=")
-    if not separator or not name or not file:
-        raise typer.BadParameter(f"expected --importance NAME=FILE, got '{text}'")
-    return name, Path(file)

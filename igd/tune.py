@@ -2,30 +2,24 @@
 
 import shlex
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import torch
 import typer
 from rich.console import Console
 from rich.progress import TaskID
 
-from defense import load_classifier, read_config
-from igd.evaluate import NormName
-from igd.options import Model, settings_of
+from igd.options import Epsilon, Model, Norm, NormName, TestData, items_of, named_files, settings_of
 from igd.progress import progress_bar
 
 
 def tune(
-    epsilon: Annotated[float, typer.Option(min=0, help="Radius of the attacks, in units of [0, 1] pixels.")],
-    data: Annotated[
-        str, typer.Option(help="Test images: tar or folder of class folders, arrays, CIFAR's or MNIST's folder.")
-    ] = "probe",
+    epsilon: Epsilon,
+    data: TestData = "probe",
     out: Annotated[Path, typer.Option(file_okay=False, help="Folder of the results; continues there.")] = Path(
         "tuning"
     ),
-    norm: Annotated[NormName, typer.Option(help="Of the perturbation.")] = NormName.LINF,
+    norm: Norm = NormName.LINF,
     n: Annotated[int, typer.Option("-n", min=4, help="Images: half of them select, half measure.")] = 500,
     method: Annotated[str, typer.Option(help="Of lo-ir, lo-ir-signed, cd-ir, with commas; may be empty.")] = "lo-ir",
     importance: Annotated[
@@ -58,18 +52,31 @@ def tune(
     final figures are of the other half. The result is a [defense] block for model.toml, and whether it gains anything.
     """
     from evaluation.attacks import Budget, Effort  # torch's and matplotlib's imports are slow
-    from evaluation.test_images import TestImages, open_data
-    from evaluation.tuning.inputs import rankings_of, splits_of, values_of
-    from evaluation.tuning.kept import KeptResults
-    from evaluation.tuning.report import write_tuning
-    from evaluation.tuning.settings import Setting
+    from evaluation.tuning.run import tune_directory
     from evaluation.tuning.tune import Plan
-    from evaluation.tuning.tune import tune as find_best
 
-    torch.set_flush_denormal(True)  # denormal numbers slow a CPU down many times
-    directory = settings_of(model).model
-    config = read_config(directory)
-    splits = splits_of(load_classifier(directory), [config.defense.layer, *_items(layer, str)])
+    plan = Plan(
+        budget=Budget(epsilon, norm.value),
+        values={
+            "method": items_of(method, str),
+            "layer": items_of(layer, str),
+            "top_k": items_of(top_k, int),
+            "temperature": items_of(temperature, float),
+            "sigma": items_of(sigma, float),
+            "num_noise_samples": items_of(noise_samples, int),
+            "unimportant_weight": items_of(unimportant_weight, float),
+        },
+        fixed_attacks=items_of(fixed_attacks, str),
+        adaptive_attacks=items_of(attacks, str),
+        effort=Effort(steps=steps, eot=eot, queries=queries, draws=3),
+        candidates=candidates,
+        max_clean_loss=max_clean_loss,
+        vary=items_of(vary, str),
+        redraws=redraws,
+        limit=limit,
+        seed=seed,
+    )
+    files, command = named_files(importance), shlex.join(["igd", *sys.argv[1:]])
     with progress_bar() as bar:
         tasks: dict[str, TaskID] = {}
 
@@ -78,58 +85,7 @@ def tune(
                 tasks[what] = bar.add_task(what)
             bar.update(tasks[what], completed=done, total=total)
 
-        rankings = rankings_of(directory, splits, _items(method, str), dict(map(_pair, importance or [])), report)
-        values = values_of(
-            config.defense,
-            {
-                "method": list(dict.fromkeys(name for name, _ in rankings)),
-                "layer": list(splits),
-                "top_k": _items(top_k, int),
-                "temperature": _items(temperature, float),
-                "sigma": _items(sigma, float),
-                "num_noise_samples": _items(noise_samples, int),
-                "unimportant_weight": _items(unimportant_weight, float),
-            },
-            num_neurons=min(split.num_neurons for split in splits.values()),
-            epsilon=epsilon,
-        )
-        plan = Plan(
-            budget=Budget(epsilon, norm.value),
-            values=values,
-            fixed_attacks=_items(fixed_attacks, str),
-            adaptive_attacks=_items(attacks, str),
-            effort=Effort(steps=steps, eot=eot, queries=queries, draws=3),
-            candidates=candidates,
-            max_clean_loss=max_clean_loss,
-            vary=_items(vary, str),
-            redraws=redraws,
-            limit=limit,
-            seed=seed,
-        )
-        shown = TestImages(open_data(data, config.labels, directory), config.input, n)
-        current = Setting(**{name: choices[0] for name, choices in values.items()})
-        found = find_best(
-            splits, rankings, current, shown.images, shown.labels, plan, report, kept=KeptResults(out / "kept")
-        )
-    facts = {
-        "title": f"Tuning of {config.name} at {norm.value} {epsilon:.4g}",
-        "model": config.name,
-        "model_digest": next(iter(splits.values())).model_digest,
-        "data": {"name": shown.name, "images": len(shown)},
-        "command": shlex.join(["igd", *sys.argv[1:]]),
-    }
-    paths = write_tuning(found, plan, facts, out)
+        paths = tune_directory(settings_of(model).model, data, n, files, plan, out, command, report)
     Console().print((out / "defense.toml").read_text(), markup=False, highlight=False, soft_wrap=True)
     for path in paths:
         typer.echo(path)
-
-
-def _items(text: str, kind: type) -> Sequence[Any]:
-    return [kind(item.strip()) for item in text.split(",") if item.strip()]
-
-
-def _pair(text: str) -> tuple[str, Path]:
-    name, separator, file = text.partition("=")
-    if not separator or not name or not file:
-        raise typer.BadParameter(f"expected --importance NAME=FILE, got '{text}'")
-    return name, Path(file)
