@@ -14,7 +14,7 @@ from concurrent.futures import CancelledError, Executor, Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil, inf
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from service.device import Device
 from service.errors import Draining, NotReady, QueueFull
@@ -26,6 +26,22 @@ IN_PLACE_S = 0.005  # for so long the event loop may stand still
 Group = TypeVar("Group", bound=Hashable)
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+HandOut = Callable[[], None]
+
+
+def _nothing() -> None:
+    """Nobody waits."""
+
+
+class _Once:
+    """A call that only the first time does something."""
+
+    def __init__(self, call: HandOut) -> None:
+        self._call = call
+
+    def __call__(self) -> None:
+        call, self._call = self._call, _nothing
+        call()
 
 
 @dataclass(slots=True)
@@ -52,9 +68,13 @@ class _Waiting(Generic[Group, Item, Result]):
 class Batcher(Generic[Group, Item, Result]):
     """One queue, one dispatcher, one device thread.
 
+    Under load the results of a batch are handed out when the next one has been prepared: they make the event loop busy,
+    and what is prepared in Python meanwhile would wait for Python's lock, again and again.
+
     Args:
-        run_batch: called on the device thread with a group and up to ``max_batch_size`` items of it; returns a result
-            for each item, in order. If it raises, the items are tried one by one: only the culprit gets the error.
+        run_batch: called on the device thread with a group and what ``prepare`` made of up to ``max_batch_size`` items
+            of it; returns a result for each item, in order. If it raises, the items are tried one by one: only the
+            culprit gets the error.
         device: an executor with one thread; with ``in_place``, a ``service.device.Device``.
         max_batch_size: items in a batch. max_queue: items admitted and not yet answered.
         max_wait_s: how long the oldest item may wait for a batch to fill although the device is free. It pays only
@@ -64,11 +84,12 @@ class Batcher(Generic[Group, Item, Result]):
             than the wait that the loop is spared.
         on_death: called if the dispatcher dies of a bug; by then nobody is left waiting.
         on_taken: called on the device thread with the seconds that each item of a batch has waited for it.
+        prepare: the part of a batch that needs Python's lock and is short; by default the items are left as they are.
     """
 
     def __init__(
         self,
-        run_batch: Callable[[Group, list[Item]], Sequence[Result]],
+        run_batch: Callable[[Group, Any], Sequence[Result]],
         device: Executor,
         *,
         max_batch_size: int,
@@ -77,9 +98,10 @@ class Batcher(Generic[Group, Item, Result]):
         in_place: Callable[[Group], bool] = lambda group: False,
         on_death: Callable[[BaseException], None] = lambda error: None,
         on_taken: Callable[[list[float]], None] = lambda waits_s: None,
+        prepare: Callable[[Group, list[Item]], Any] = lambda group, items: items,
     ) -> None:
         self._run_batch, self._device, self._on_death, self._on_taken = run_batch, device, on_death, on_taken
-        self._in_place = in_place
+        self._in_place, self._prepare = in_place, prepare
         self.max_batch_size, self.max_queue, self.max_wait_s = max_batch_size, max_queue, max_wait_s
         self._queue: deque[_Waiting[Group, Item, Result]] = deque()
         self._taken: deque[list[_Waiting[Group, Item, Result]]] = deque()  # batches not settled yet, oldest first
@@ -256,26 +278,43 @@ class Batcher(Generic[Group, Item, Result]):
 
     # On the device thread, but for the first turn:
 
-    def _give_device_a_turn(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _give_device_a_turn(self, loop: asyncio.AbstractEventLoop, hand_out: HandOut = _nothing) -> None:
         # One batch a turn: whatever else was given to the executor meanwhile comes before the next.
-        self._device.submit(self._turn).add_done_callback(lambda turn: self._after_turn(loop, turn))
+        self._device.submit(self._turn, hand_out).add_done_callback(lambda turn: self._after_turn(loop, turn))
 
     def _after_turn(self, loop: asyncio.AbstractEventLoop, turn: "Future[Sequence[Result | Exception]]") -> None:
         if self._ended:  # by then the loop may be closed
             return
         goes_on = bool(self._queue) and not self.max_wait_s and turn.exception() is None
+
+        def hand_out() -> None:
+            if not self._ended:
+                loop.call_soon_threadsafe(self._settle, loop, turn, goes_on)
+
+        next_is_at_once = isinstance(self._device, Device) and not self._device.waiting
+        if goes_on and next_is_at_once:
+            self._give_device_a_turn(loop, hand_out)
+            return
         if goes_on:
             self._give_device_a_turn(loop)
-        loop.call_soon_threadsafe(self._settle, loop, turn, goes_on)
+        hand_out()
 
-    def _turn(self) -> Sequence[Result | Exception]:
-        """Take a batch and run it."""
-        batch, began_s = self._take(), time.perf_counter()
-        self._on_taken([began_s - w.request.queued_s for w in batch])
-        outcomes = self._outcomes(batch)
-        if len(batch) == 1:
-            self._lone_s = time.perf_counter() - began_s
-        return outcomes
+    def _turn(self, hand_out: HandOut = _nothing) -> Sequence[Result | Exception]:
+        """Take a batch and run it.
+
+        Args:
+            hand_out: gives the results of the batch before to those who wait for them.
+        """
+        before = _Once(hand_out)
+        try:
+            batch, began_s = self._take(), time.perf_counter()
+            self._on_taken([began_s - w.request.queued_s for w in batch])
+            outcomes = self._outcomes(batch, before)
+            if len(batch) == 1:
+                self._lone_s = time.perf_counter() - began_s
+            return outcomes
+        finally:
+            before()
 
     def _take(self) -> list[_Waiting[Group, Item, Result]]:
         """Take the oldest items that are still wanted, all of one group."""
@@ -290,12 +329,14 @@ class Batcher(Generic[Group, Item, Result]):
                 batch.append(self._queue.popleft())
         return batch
 
-    def _outcomes(self, batch: list[_Waiting[Group, Item, Result]]) -> Sequence[Result | Exception]:
+    def _outcomes(
+        self, batch: list[_Waiting[Group, Item, Result]], prepared: HandOut = _nothing
+    ) -> Sequence[Result | Exception]:
         """A result or an error for each item."""
         if not batch:
             return []
         try:
-            return self._results(batch)
+            return self._results(batch, prepared)
         except Exception as error:
             if len(batch) == 1:
                 batch[0].request.failed = True
@@ -303,9 +344,12 @@ class Batcher(Generic[Group, Item, Result]):
             logger.exception("a batch of %d failed; trying its images one by one", len(batch))
             return [self._outcomes([w])[0] if w.wanted else error for w in batch]
 
-    def _results(self, batch: list[_Waiting[Group, Item, Result]]) -> Sequence[Result]:
+    def _results(self, batch: list[_Waiting[Group, Item, Result]], prepared: HandOut) -> Sequence[Result]:
+        group = batch[0].group
         try:
-            results = self._run_batch(batch[0].group, [w.item for w in batch])
+            inputs = self._prepare(group, [w.item for w in batch])
+            prepared()
+            results = self._run_batch(group, inputs)
         except (StopIteration, asyncio.CancelledError, CancelledError) as error:
             # asyncio takes these for its own: no future can have the first, and the others would look like a caller
             # who left.

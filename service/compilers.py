@@ -5,7 +5,6 @@ at one image, and takes batches of any size; inductor compiles each size anew, s
 """
 
 import logging
-import warnings
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any, Literal
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from defense import DefenseError
+from service.openvino_part import CAPABILITIES, OpenVinoPart
 
 logger = logging.getLogger(__name__)
 
@@ -21,8 +21,6 @@ Compiler = Literal["none", "inductor", "openvino"]
 Values = tuple[Tensor, ...]
 Part = Callable[..., Values]
 
-_OPENVINO_TYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
-_OPENVINO_CAPABILITIES = {torch.float32: "FP32", torch.bfloat16: "BF16", torch.float16: "FP16"}
 CPU_ROWS = 64  # beyond, eager PyTorch's convolutions get slower by the image: 128 took as long as 170
 _SHAPES = 32  # that torch.compile may specialize on before it gives up: powers of two of trunk and tail
 
@@ -50,19 +48,25 @@ def choose_compiler(name: str, device: torch.device) -> Compiler:
 
 
 def compiled(
-    part: nn.Module, compiler: Compiler, dtype: torch.dtype, examples: Sequence[Tensor], threads: int | None = None
+    part: nn.Module,
+    compiler: Compiler,
+    dtype: torch.dtype,
+    examples: Sequence[Tensor],
+    threads: int | None = None,
+    sizes: Sequence[int] = (),
 ) -> Part:
     """A function with the values of ``part``, as a tuple of float32 tensors.
 
     Args:
         part: in eval mode, on its device; its first dimension is the batch. It may be changed.
         dtype: that it computes in. examples: float32 inputs for two images. threads: of OpenVINO, by default torch's.
+        sizes: of batches that OpenVINO is to be quickest with, ascending.
 
     Raises:
         EngineError: the compiler cannot do this part, or not in this dtype.
     """
     if compiler == "openvino":
-        return _openvino(part, dtype, examples, threads or torch.get_num_threads())
+        return _openvino(part, dtype, examples, threads or torch.get_num_threads(), sizes)
     lowered = part.to(dtype).to(memory_format=torch.channels_last)
     if compiler == "inductor":
         lowered = _inductor(lowered)
@@ -92,45 +96,18 @@ def _inductor(part: nn.Module) -> Any:
     return torch.compile(part, dynamic=False, options={"freezing": True})
 
 
-def _openvino(part: nn.Module, dtype: torch.dtype, examples: Sequence[Tensor], threads: int) -> Part:
+def _openvino(
+    part: nn.Module, dtype: torch.dtype, examples: Sequence[Tensor], threads: int, sizes: Sequence[int]
+) -> Part:
     import openvino
 
-    core = openvino.Core()
-    capabilities = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    if _OPENVINO_CAPABILITIES[dtype] not in capabilities:
+    capabilities = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    if CAPABILITIES[dtype] not in capabilities:
         raise EngineError(
             f"OpenVINO does not compute in {dtype} on this CPU ({', '.join(capabilities)}); "
             "set IGD_DTYPE=auto, or IGD_COMPILE=none"
         )
     try:
-        model = _openvino_model(part, examples)
-        # Any batch size: measured to be as fast as a fixed one, so nothing is padded.
-        model.reshape(dict(enumerate([[-1, *value.shape[1:]] for value in examples])))
-        options = {
-            "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_NUM_THREADS": threads,
-            "INFERENCE_PRECISION_HINT": _OPENVINO_TYPES[dtype],
-            "ENABLE_CPU_PINNING": False,  # the event loop and the decoders share these cores
-        }
-        request = core.compile_model(model, "CPU", options).create_infer_request()
+        return OpenVinoPart(part, dtype, examples, threads, sizes)
     except RuntimeError as error:
         raise EngineError(f"OpenVINO cannot compile this model ({error}); set IGD_COMPILE=none") from error
-
-    def run(*values: Tensor) -> Values:
-        # The Python lock is free while it computes: the event loop answers meanwhile.
-        outputs = request.infer([value.contiguous().numpy() for value in values], share_inputs=True)
-        return tuple(torch.from_numpy(outputs[i]) for i in range(len(outputs)))
-
-    return run
-
-
-def _openvino_model(part: nn.Module, examples: Sequence[Tensor]) -> Any:
-    # Not openvino.convert_model, which reports its use to a server.
-    from openvino.frontend import FrontEndManager
-    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
-
-    frontend = FrontEndManager().load_by_framework("pytorch")
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # torch's, that tracing is to be replaced
-        decoder = TorchScriptPythonDecoder(part.float(), example_input=tuple(examples))
-        return frontend.convert(frontend.load(decoder))

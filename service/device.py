@@ -19,9 +19,17 @@ class Device(Executor):
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, "device")
         self._at_work = Lock()
+        self._counting, self._submitted, self._begun = Lock(), 0, 0
+
+    @property
+    def waiting(self) -> bool:
+        """Whether the thread has something to do after what it does."""
+        return self._submitted > self._begun
 
     def submit(self, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> "Future[T]":
         """Have the thread call it, after all that was submitted before."""
+        with self._counting:
+            self._submitted += 1
         return self._thread.submit(self._locked, call, *args, **kwargs)
 
     def run_here(self, call: Callable[[], T]) -> "Future[T] | None":
@@ -42,5 +50,6 @@ class Device(Executor):
         self._thread.shutdown(wait, cancel_futures=cancel_futures)
 
     def _locked(self, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        self._begun += 1
         with self._at_work:
             return call(*args, **kwargs)

@@ -56,6 +56,7 @@ class EngineSplit(SplitClassifier):
     Args:
         split: the classifier; it is copied. dtype: of the trunk, and of a tail that is not affine.
         compiler: of both. images: two, [2, channels, H, W], to compile with. threads: of OpenVINO, by default torch's.
+        sizes: of the trunk's batches that OpenVINO is to be quickest with, ascending.
 
     Raises:
         EngineError: the compiler cannot do this model.
@@ -69,6 +70,7 @@ class EngineSplit(SplitClassifier):
         images: Tensor | None = None,
         *,
         threads: int | None = None,
+        sizes: Sequence[int] = (),
     ) -> None:
         nn.Module.__init__(self)  # not SplitClassifier's, which would trace the model again
         self.layer, self.layers, self.model_digest = split.layer, split.layers, split.model_digest
@@ -79,7 +81,7 @@ class EngineSplit(SplitClassifier):
         self._trunk, self._tail = _folded(split._trunk), _folded(split._tail)
         with torch.no_grad():
             examples = () if images is None else split.cut(images)
-        self._run_trunk = compiled(self._trunk, compiler, dtype, [] if images is None else [images], threads)
+        self._run_trunk = compiled(self._trunk, compiler, dtype, [] if images is None else [images], threads, sizes)
         if split.tail_is_affine:
             self._run_tail = compiled(self._tail, "none", torch.float32, examples)
         else:

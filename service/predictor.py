@@ -33,6 +33,7 @@ from service.engine import (
     resolve_device,
 )
 from service.glue import Epilogue, Prologue, traced
+from service.openvino_part import fixed_sizes
 from service.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -75,6 +76,20 @@ class ServedDefense:
     def runs_on_any_thread(self) -> bool:
         """Whether a prediction is as good on another thread than the others: OpenVINO's threads are its own."""
         return self.engine.compiler == "openvino"
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """A batch, prepared.
+
+    Attributes:
+        images: [(1 + draws) * B, channels, H, W], those with noise after those without; B is padded for inductor.
+        count: how many are asked for. began_s: when it was begun, on perf_counter's clock.
+    """
+
+    images: Tensor
+    count: int
+    began_s: float
 
 
 class Predictor:
@@ -192,7 +207,6 @@ class Predictor:
         logger.log(level, "%s agrees with float32 on %.1f%% of probe images", engine.name, 100 * share)
         return engine, share
 
-    @torch.inference_mode()
     def predict(self, defense: ServedDefense, pixels: Sequence[Pixels]) -> NDArray[np.float32]:
         """Classify a batch.
 
@@ -202,11 +216,22 @@ class Predictor:
         Returns:
             [B, 5, C]: of each image the rows that ``glue.ROWS`` names, its probabilities first.
         """
+        return self.both_passes(defense, self.inputs(defense, pixels))
+
+    @torch.inference_mode()
+    def inputs(self, defense: ServedDefense, pixels: Sequence[Pixels]) -> Inputs:
+        """What the trunk takes for a batch; short, but many small operations, so it needs Python's lock."""
+        began_s = time.perf_counter()
         given = self._inputs(self._padded(pixels) if defense.compiler == "inductor" else pixels)
-        values = defense.engine.cut(defense.prologue(*given))
+        return Inputs(defense.prologue(*given), len(pixels), began_s)
+
+    @torch.inference_mode()
+    def both_passes(self, defense: ServedDefense, inputs: Inputs) -> NDArray[np.float32]:
+        """The rest of ``predict``."""
+        values = defense.engine.cut(inputs.images)
         with defense.engine.clock.stage("tail"):
-            rows: NDArray[np.float32] = defense.epilogue(*values).cpu().numpy()
-        return rows[: len(pixels)]
+            rows: NDArray[np.float32] = self._to_host(defense.epilogue(*values)).numpy()
+        return rows[: inputs.count]
 
     def _inputs(self, pixels: Sequence[Pixels]) -> tuple[Tensor, ...]:
         """What the prologue takes: pixels [B, H, W, channels], and noise where there is some."""
@@ -217,10 +242,13 @@ class Predictor:
 
     def to_device(self, pixels: Sequence[Pixels]) -> Tensor:
         """B arrays [H, W, channels] as one tensor on the device."""
-        # Not numpy.stack, which lets go of Python's lock and then waits for it behind the event loop.
+        # Not numpy.stack, nor torch's reshape: they let go of Python's lock and then wait for it behind the event loop.
         joined = np.frombuffer(bytearray().join(p.data for p in pixels), np.uint8)
-        tensor = torch.from_numpy(joined).reshape(len(pixels), *pixels[0].shape)
+        tensor = torch.from_numpy(joined.reshape(len(pixels), *pixels[0].shape))
         return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+
+    def _to_host(self, values: Tensor) -> Tensor:
+        return values if self.device.type == "cpu" else values.cpu()
 
     def _padded(self, pixels: Sequence[Pixels]) -> list[Pixels]:
         """To a size that is compiled already: inductor compiles every size anew."""
@@ -229,10 +257,14 @@ class Predictor:
 
     def _noise(self, shape: Sequence[int]) -> Tensor | None:
         """Standard normal, for images of a shape."""
-        defense = self.config.defense
-        if defense.sigma == 0:
+        if not self._draws:
             return None
-        return torch.randn((defense.num_noise_samples, *shape), generator=self._generator, device=self.device)
+        return torch.randn((self._draws, *shape), generator=self._generator, device=self.device)
+
+    @property
+    def _draws(self) -> int:
+        defense = self.config.defense
+        return defense.num_noise_samples if defense.sigma else 0
 
     def _defend(self, split: SplitClassifier, importance: NeuronImportance) -> DefendedClassifier:
         return DefendedClassifier(split, importance, **self.config.defense.arguments)
@@ -257,7 +289,8 @@ class Predictor:
 
     def _engine(self, layer: str, dtype: torch.dtype, compiler: Compiler) -> EngineSplit:
         images = torch.rand(2, *self.config.input.shape, device=self.device)
-        engine = EngineSplit(self._split_at(layer), dtype, compiler, images, threads=self._threads)
+        sizes = fixed_sizes(self._sizes[-1] * (1 + self._draws))
+        engine = EngineSplit(self._split_at(layer), dtype, compiler, images, threads=self._threads, sizes=sizes)
         self._warm_up(engine)
         return engine
 
@@ -265,18 +298,17 @@ class Predictor:
     def _warm_up(self, engine: EngineSplit) -> None:
         """Run both passes' shapes once: the first call of each allocates, chooses kernels, or compiles.
 
-        OpenVINO, for which nothing is padded, takes 10 to 40 ms the first time for any number of images. Where batches
+        OpenVINO takes 10 to 40 ms the first time for any number of images that it has no fixed size for. Where batches
         are quick that is a stumble of several; where they are not, it does not matter: hence the smaller sizes first,
         for ``WARM_UP_S``.
         """
-        draws = self.config.defense.num_noise_samples if self.config.defense.sigma else 0
         openvino = engine.compiler == "openvino"
         others = [size for size in range(1, self._sizes[-1]) if openvino and size not in self._sizes]
         began_s = time.perf_counter()
         for i, size in enumerate([*self._sizes, *others]):
             if i >= len(self._sizes) and time.perf_counter() - began_s > WARM_UP_S:
                 return
-            values = engine.cut(torch.zeros(size * (1 + draws), *self.config.input.shape, device=self.device))
+            values = engine.cut(torch.zeros(size * (1 + self._draws), *self.config.input.shape, device=self.device))
             engine.tail(*values)
             engine.tail(*(value[:size] for value in values))
 

@@ -27,7 +27,7 @@ from service.device import Device
 from service.errors import Draining, NotReady
 from service.jobs import RankingJobs
 from service.metrics import Metrics
-from service.predictor import Pixels, Predictor, ServedDefense
+from service.predictor import Inputs, Pixels, Predictor, ServedDefense
 from service.schemas import RankRequest
 from service.settings import Settings
 from service.store_monitor import StoreMonitor
@@ -140,6 +140,7 @@ class Runtime:
             in_place=lambda defense: defense.runs_on_any_thread,
             on_death=self._die,
             on_taken=self.metrics.observe_waits,
+            prepare=self.predictor.inputs,
         )
         self.batcher.start()
         self.metrics.watch_queue(lambda: self.batcher.depth, lambda: self.batcher.in_flight)
@@ -180,10 +181,9 @@ class Runtime:
             answers = await self.batcher.submit(defense, pixels)
             return Classified([a.rows for a in answers], [a.batch for a in answers], queued_at)
 
-    def _run_batch(self, defense: ServedDefense, pixels: list[Pixels]) -> Sequence[Answer]:
-        began_at = time.perf_counter()
-        rows = self.predictor.predict(defense, pixels)
-        run = BatchRun(len(pixels), began_at, time.perf_counter(), defense.engine.stage_seconds())
+    def _run_batch(self, defense: ServedDefense, inputs: Inputs) -> Sequence[Answer]:
+        rows = self.predictor.both_passes(defense, inputs)
+        run = BatchRun(len(rows), inputs.began_s, time.perf_counter(), defense.engine.stage_seconds())
         self.metrics.observe_batch(rows, run.stage_seconds)
         return [Answer(row, run) for row in rows]
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from defense import SplitClassifier, load_importance
-from service import compilers, predictor
+from service import compilers, openvino_part, predictor
 from service.compilers import EngineError, choose_compiler
 from service.engine import EngineSplit, padded_size, resolve_device
+from service.openvino_part import fixed_sizes
 from service.predictor import Predictor
 from toy_models import small_conv_net
 
@@ -36,6 +37,60 @@ def test_openvino_gives_the_same_values_for_any_batch_size(layer):
         for value, expected in zip(values, split.cut(images), strict=True):
             torch.testing.assert_close(value, expected, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(engine.tail(*values), split(images), atol=1e-5, rtol=1e-4)
+
+
+@needs_openvino
+@pytest.mark.parametrize("layer", LAYERS)
+def test_openvino_gives_the_same_values_at_fixed_sizes(layer):
+    split, _ = engine_of(layer)
+    engine = EngineSplit(split, torch.float32, "openvino", torch.rand(2, 3, 8, 8), sizes=[1, 4, 6])
+    assert list(engine._run_trunk._fixed) == [1, 4, 6]
+    for count in (6, 3, 1, 7, 4, 2):  # what a larger batch leaves behind is no part of a smaller one
+        images = torch.rand(count, 3, 8, 8)
+        values = engine.cut(images)
+        copies = [value.clone() for value in values]
+        for value, expected in zip(values, split.cut(images), strict=True):
+            torch.testing.assert_close(value, expected, atol=1e-5, rtol=1e-4)
+        engine.cut(torch.rand(count, 3, 8, 8))
+        assert all(torch.equal(value, copy) for value, copy in zip(values, copies, strict=True))
+
+
+@needs_openvino
+def test_a_batch_is_padded_to_a_fixed_size_unless_that_is_far(monkeypatch):
+    split, _ = engine_of("linear:input")
+    run = EngineSplit(split, torch.float32, "openvino", torch.rand(2, 3, 8, 8), sizes=[1, 4, 100])._run_trunk
+    used = []
+    for size, fixed in list(run._fixed.items()):
+        monkeypatch.setitem(run._fixed, size, Recorded(fixed, size, used))
+    for count in (1, 3, 4, 5, 99, 100, 101):
+        assert len(run(torch.rand(count, 3, 8, 8))[0]) == count
+    assert used == [1, 4, 4, 100]
+
+
+class Recorded:
+    """Notes that it was called."""
+
+    def __init__(self, call, size, used):
+        self.call, self.size, self.used = call, size, used
+
+    def __call__(self, values):
+        self.used.append(self.size)
+        return self.call(values)
+
+
+@needs_openvino
+def test_a_large_network_has_no_copies_of_its_weights(monkeypatch):
+    monkeypatch.setattr(openvino_part, "FIXED_WEIGHTS_BYTES", 100)
+    split, _ = engine_of("linear:input")
+    engine = EngineSplit(split, torch.float32, "openvino", torch.rand(2, 3, 8, 8), sizes=[1, 4])
+    assert not engine._run_trunk._fixed
+    assert len(engine.cut(torch.rand(3, 3, 8, 8))[0]) == 3
+
+
+def test_fixed_sizes_reach_to_the_largest_batch():
+    assert fixed_sizes(6) == [1, 2, 4, 6]
+    assert fixed_sizes(7) == [1, 2, 4, 6, 7]
+    assert fixed_sizes(128)[-3:] == [56, 64, 128]
 
 
 @needs_openvino
@@ -68,7 +123,7 @@ def test_openvino_does_not_report_its_use(monkeypatch):
 
 @needs_openvino
 def test_a_precision_that_the_processor_lacks_is_refused(monkeypatch):
-    monkeypatch.setitem(compilers._OPENVINO_CAPABILITIES, torch.float16, "FP4")
+    monkeypatch.setitem(compilers.CAPABILITIES, torch.float16, "FP4")
     with pytest.raises(EngineError, match=r"float16 on this CPU \(.*FP32.*\); set IGD_DTYPE=auto"):
         engine_of("conv1", torch.float16)
 

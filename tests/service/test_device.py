@@ -55,3 +55,16 @@ def test_an_error_waits_in_the_result_and_the_device_goes_on(device):
     with pytest.raises(ZeroDivisionError):
         failed.result(0)
     assert device.run_here(lambda: "next").result(0) == "next"
+
+
+def test_it_tells_whether_more_is_waiting(device):
+    at_work, go_on = threading.Event(), threading.Event()
+    assert not device.waiting
+    first = device.submit(lambda: (at_work.set(), go_on.wait(20)))
+    assert at_work.wait(20)
+    assert not device.waiting
+    second = device.submit(lambda: device.waiting)
+    assert device.waiting
+    go_on.set()
+    first.result(20)
+    assert second.result(20) is False

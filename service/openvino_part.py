@@ -1,0 +1,120 @@
+"""A traced part of a network by OpenVINO: one executable for batches of any size, and one for each size that is common.
+
+The executable for any size sets all its kernels up anew when a batch has another size than the one before: 0.4 ms for
+a ResNet-18 of width 16, which takes 0.2 to 1.4 ms for 1 to 16 images of 28 x 28 pixels and their noisy copies. One for
+a fixed size does not, but has a copy of the weights and memory for its activations; hence only small networks get them,
+for sizes that batches are padded to.
+"""
+
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    import openvino
+
+TYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+CAPABILITIES = {torch.float32: "FP32", torch.bfloat16: "BF16", torch.float16: "FP16"}
+FIXED_SIZES = (1, *range(2, 33, 2), *range(40, 65, 8))  # what is beyond takes so long that 0.4 ms do not matter
+FIXED_WEIGHTS_BYTES = 64 << 20  # of all copies
+
+
+def fixed_sizes(largest: int) -> list[int]:
+    """Those of ``FIXED_SIZES`` up to the largest batch, and it, since a server under load sees little else."""
+    return sorted({size for size in FIXED_SIZES if size <= largest} | {largest})
+
+
+class OpenVinoPart:
+    """The values of ``part``, as a tuple of float32 tensors.
+
+    Args:
+        part: in eval mode; its first dimension is the batch. It is changed.
+        dtype: that it computes in. examples: float32 inputs for two images. threads: of OpenVINO.
+        sizes: ascending, that batches are padded to if there is memory for it.
+
+    Raises:
+        RuntimeError: OpenVINO's, if it cannot compile this.
+    """
+
+    def __init__(
+        self, part: nn.Module, dtype: torch.dtype, examples: Sequence[Tensor], threads: int, sizes: Sequence[int] = ()
+    ) -> None:
+        import openvino
+
+        options = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": threads,
+            "INFERENCE_PRECISION_HINT": TYPES[dtype],
+            "ENABLE_CPU_PINNING": False,  # the event loop and the decoders share these cores
+        }
+        weights_bytes = dtype.itemsize * sum(parameter.numel() for parameter in part.parameters())
+        model, core = _traced(part, examples), openvino.Core()
+        shapes = [value.shape[1:] for value in examples]
+
+        def executable(size: int) -> "openvino.InferRequest":
+            sized = model.clone()
+            sized.reshape(dict(enumerate([[size, *shape] for shape in shapes])))
+            return core.compile_model(sized, "CPU", options).create_infer_request()
+
+        self._any_size = executable(-1)
+        small = weights_bytes * len(sizes) <= FIXED_WEIGHTS_BYTES
+        self._fixed = {size: _Fixed(executable(size), size, shapes) for size in sizes if small}
+
+    def __call__(self, *values: Tensor) -> tuple[Tensor, ...]:
+        count = len(values[0])
+        fixed = next((fixed for size, fixed in self._fixed.items() if size >= count), None)
+        # The largest size is for itself: to pad a batch of half its size would take longer than any kernel's set up.
+        if fixed is not None and (fixed.size == count or fixed.size <= FIXED_SIZES[-1]):
+            return fixed(values)
+        arrays = [value.contiguous().numpy() for value in values]
+        outputs = self._any_size.infer(arrays, share_inputs=True)
+        return tuple(torch.from_numpy(outputs[i]) for i in range(len(outputs)))
+
+
+class _Fixed:
+    """An executable for one batch size, with its inputs' and outputs' memory: to hand arrays over takes 70 us.
+
+    Bytes are copied, since a copy of numpy's or torch's gives Python's lock away, and then waits for it.
+    """
+
+    def __init__(self, request: "openvino.InferRequest", size: int, shapes: Sequence[Sequence[int]]) -> None:
+        import openvino
+
+        self.size, self._request = size, request
+        arrays = [np.zeros((size, *shape), np.float32) for shape in shapes]
+        for i, array in enumerate(arrays):
+            request.set_input_tensor(i, openvino.Tensor(array, shared_memory=True))
+        self._inputs = [_bytes_of(array) for array in arrays]
+        outputs = [request.get_output_tensor(i).data for i in range(len(request.model_outputs))]
+        self._outputs = [(_bytes_of(output), output.shape[1:], output[0].nbytes) for output in outputs]
+
+    def __call__(self, values: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        count = len(values[0])
+        for memory, value in zip(self._inputs, values, strict=True):
+            given = _bytes_of((value if value.is_contiguous() else value.contiguous()).numpy())
+            memory[: len(given)] = given  # what the last batch left behind it is as good as any padding
+        # Python's lock is free while it computes: the event loop answers meanwhile.
+        self._request.infer(share_outputs=True)
+        copies = [(bytearray(memory[: count * each]), shape) for memory, shape, each in self._outputs]
+        return tuple(torch.from_numpy(np.frombuffer(c, np.float32).reshape(count, *shape)) for c, shape in copies)
+
+
+def _bytes_of(array: NDArray[np.float32]) -> memoryview:
+    return array.data.cast("B")
+
+
+def _traced(part: nn.Module, examples: Sequence[Tensor]) -> Any:
+    # Not openvino.convert_model, which reports its use to a server.
+    from openvino.frontend import FrontEndManager
+    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
+
+    frontend = FrontEndManager().load_by_framework("pytorch")
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # torch's, that tracing is to be replaced
+        decoder = TorchScriptPythonDecoder(part.float(), example_input=tuple(examples))
+        return frontend.convert(frontend.load(decoder))
