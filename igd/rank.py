@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -17,6 +18,9 @@ from defense.shards import rank_and_world
 from igd.options import DataDir, Model, RedisUrl, settings_of
 from service.settings import Settings
 from service.stores import store_of
+
+
+PATIENCE = timedelta(days=30)  # with processes that have more to do; torch's own half an hour ends long evaluations
 
 
 class Method(StrEnum):
@@ -82,7 +86,7 @@ def processes() -> Iterator[str]:
     if not dist.is_torchelastic_launched():
         yield "cuda" if cuda else "cpu"
         return
-    dist.init_process_group("nccl" if cuda else "gloo")
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
     try:
         device = torch.device("cuda", dist.get_node_local_rank()) if cuda else torch.device("cpu")
         if cuda:
