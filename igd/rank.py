@@ -19,7 +19,6 @@ from igd.options import DataDir, Model, RedisUrl, settings_of
 from service.settings import Settings
 from service.stores import store_of
 
-
 PATIENCE = timedelta(days=30)  # with processes that have more to do; torch's own half an hour ends long evaluations
 
 
