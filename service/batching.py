@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import CancelledError, Executor, Future
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import ceil, inf
 from typing import Any, Generic, TypeVar
@@ -31,17 +31,6 @@ HandOut = Callable[[], None]
 
 def _nothing() -> None:
     """Nobody waits."""
-
-
-class _Once:
-    """A call that only the first time does something."""
-
-    def __init__(self, call: HandOut) -> None:
-        self._call = call
-
-    def __call__(self) -> None:
-        call, self._call = self._call, _nothing
-        call()
 
 
 @dataclass(slots=True)
@@ -305,16 +294,14 @@ class Batcher(Generic[Group, Item, Result]):
         Args:
             hand_out: gives the results of the batch before to those who wait for them.
         """
-        before = _Once(hand_out)
-        try:
+        with ExitStack() as before:
+            before.callback(hand_out)
             batch, began_s = self._take(), time.perf_counter()
             self._on_taken([began_s - w.request.queued_s for w in batch])
-            outcomes = self._outcomes(batch, before)
+            outcomes = self._outcomes(batch, before.close)  # or, if it does not come so far, in the end
             if len(batch) == 1:
                 self._lone_s = time.perf_counter() - began_s
             return outcomes
-        finally:
-            before()
 
     def _take(self) -> list[_Waiting[Group, Item, Result]]:
         """Take the oldest items that are still wanted, all of one group."""

@@ -154,8 +154,3 @@ def agreement(
 def _parts(images: Tensor, noise: Tensor | None, size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
     for i in range(0, len(images), size):
         yield images[i : i + size], None if noise is None else noise[:, i : i + size]
-
-
-def padded_size(count: int, sizes: Sequence[int]) -> int:
-    """The smallest of ``sizes`` that holds ``count``; ``count`` itself where none does."""
-    return next((size for size in sizes if size >= count), count)

@@ -29,6 +29,11 @@ def fixed_sizes(largest: int) -> list[int]:
     return sorted({size for size in FIXED_SIZES if size <= largest} | {largest})
 
 
+def padded_size(count: int, sizes: Sequence[int]) -> int:
+    """The smallest of ``sizes`` that holds ``count``; ``count`` itself where none does."""
+    return next((size for size in sizes if size >= count), count)
+
+
 class OpenVinoPart:
     """The values of ``part``, as a tuple of float32 tensors.
 
@@ -67,10 +72,10 @@ class OpenVinoPart:
 
     def __call__(self, *values: Tensor) -> tuple[Tensor, ...]:
         count = len(values[0])
-        fixed = next((fixed for size, fixed in self._fixed.items() if size >= count), None)
+        size = padded_size(count, list(self._fixed))
         # The largest size is for itself: to pad a batch of half its size would take longer than any kernel's set up.
-        if fixed is not None and (fixed.size == count or fixed.size <= FIXED_SIZES[-1]):
-            return fixed(values)
+        if size in self._fixed and (size == count or size <= FIXED_SIZES[-1]):
+            return self._fixed[size](values)
         arrays = [value.contiguous().numpy() for value in values]
         outputs = self._any_size.infer(arrays, share_inputs=True)
         return tuple(torch.from_numpy(outputs[i]) for i in range(len(outputs)))
@@ -85,7 +90,7 @@ class _Fixed:
     def __init__(self, request: "openvino.InferRequest", size: int, shapes: Sequence[Sequence[int]]) -> None:
         import openvino
 
-        self.size, self._request = size, request
+        self._request = request
         arrays = [np.zeros((size, *shape), np.float32) for shape in shapes]
         for i, array in enumerate(arrays):
             request.set_input_tensor(i, openvino.Tensor(array, shared_memory=True))

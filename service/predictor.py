@@ -29,11 +29,10 @@ from service.engine import (
     EngineSplit,
     agreement,
     choose_dtype,
-    padded_size,
     resolve_device,
 )
 from service.glue import Epilogue, Prologue, traced
-from service.openvino_part import fixed_sizes
+from service.openvino_part import fixed_sizes, padded_size
 from service.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -248,6 +247,7 @@ class Predictor:
         return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
 
     def _to_host(self, values: Tensor) -> Tensor:
+        # On a CPU even .cpu() would let go of Python's lock.
         return values if self.device.type == "cpu" else values.cpu()
 
     def _padded(self, pixels: Sequence[Pixels]) -> list[Pixels]:

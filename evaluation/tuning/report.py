@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from evaluation.markdown import percent, points, table
 from evaluation.statistics import Difference, bootstrap_interval, paired_difference, wilson_interval
 from evaluation.tuning.adaptive import pseudo_label_table
 from evaluation.tuning.plots import pareto_plot
@@ -84,7 +85,7 @@ def _ranking_comment(setting: Setting) -> list[str]:
 
 
 def _points(mean: float, low: float, high: float) -> str:
-    return f"{100 * mean:+.1f} points (95% interval {100 * low:+.1f} to {100 * high:+.1f})"
+    return f"{points(mean)} points (95% interval {points(low)} to {points(high)})"
 
 
 def _accuracies(score: Score) -> Numbers:
@@ -130,15 +131,15 @@ def to_markdown(numbers: Numbers) -> str:
         "",
         "## Attacked themselves, selection half",
         "",
-        *_candidate_table(candidates),
+        _candidate_table(candidates),
         "",
         "## Final half",
         "",
-        *_candidate_table(final),
+        _candidate_table(final),
         "",
         "## When the pseudo-label is wrong (selection half, over images and redraws)",
         "",
-        *_pseudo_table(candidates),
+        _pseudo_table(candidates),
         "",
     ]
     return "\n".join(lines)
@@ -152,34 +153,30 @@ def _with_short_names(candidates: Sequence[Numbers], plan: Numbers) -> list[Numb
     ]
 
 
-def _candidate_table(candidates: Sequence[Numbers]) -> list[str]:
-    rows = [
-        "| setting | why | clean | fixed attacks | attacked itself | gain over undefended |",
-        "|---|---|---|---|---|---|",
-    ]
+def _candidate_table(candidates: Sequence[Numbers]) -> str:
+    header = ["setting", "why", "clean", "fixed attacks", "attacked itself", "gain over undefended"]
+    rows = []
     for c in candidates:
         worst, gain = c["worst_case"], c["gain_over_undefended"]
-        cells = [
-            c["name"],
-            ", ".join(c["roles"]),
-            f"{c['clean']:.1%}",
-            f"{c['worst_case_of_fixed_attacks']['mean']:.1%}",
-            f"{worst['mean']:.1%} ({100 * worst['low']:.1f} to {100 * worst['high']:.1f})",
-            f"{100 * gain['mean']:+.1f} ({100 * gain['low']:+.1f} to {100 * gain['high']:+.1f})" if gain else "",
-        ]
-        rows.append(f"| {' | '.join(cells)} |")
-    return rows
+        rows.append(
+            [
+                c["name"],
+                ", ".join(c["roles"]),
+                f"{c['clean']:.1%}",
+                f"{c['worst_case_of_fixed_attacks']['mean']:.1%}",
+                f"{worst['mean']:.1%} ({percent(worst['low'])} to {percent(worst['high'])})",
+                f"{points(gain['mean'])} ({points(gain['low'])} to {points(gain['high'])})" if gain else "",
+            ]
+        )
+    return table(header, rows)
 
 
-def _pseudo_table(candidates: Sequence[Numbers]) -> list[str]:
+def _pseudo_table(candidates: Sequence[Numbers]) -> str:
     columns = ("pseudo_label_wrong", "defended_if_right", "defended_if_wrong", "undefended_if_wrong")
+    header = ["setting", "images", "pseudo-label wrong", "right defended if it is right", "if it is wrong"]
     rows = [
-        "| setting | images | pseudo-label wrong | right defended if it is right | if it is wrong "
-        "| right undefended if it is wrong |",
-        "|---|---|---|---|---|---|",
+        [c["name"], row["images"], *("" if row[name] is None else f"{row[name]:.1%}" for name in columns)]
+        for c in candidates
+        for row in c["pseudo_label"] or []
     ]
-    for c in candidates:
-        for row in c["pseudo_label"] or []:
-            cells = ["" if row[name] is None else f"{row[name]:.1%}" for name in columns]
-            rows.append(f"| {c['name']} | {row['images']} | {' | '.join(cells)} |")
-    return rows
+    return table([*header, "right undefended if it is wrong"], rows)

@@ -1,4 +1,3 @@
-import json
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ from evaluation.protocol import num_steps, run_protocol
 from evaluation.settings import RunSettings, preset
 from evaluation.targets import Target, defense_targets, two_passes_without_masks
 from evaluation.test_images import TestImages, open_data
+from outcome_records import records
 from toy_defenses import EPSILON, two_way_defense
 
 ATTACKS = ("apgd-ce", "bpda")
@@ -36,17 +36,6 @@ def run(folder: Path, n: int, settings: RunSettings = SETTINGS, **options: objec
     steps: list[str] = []
     run_protocol(targets(), TestImages(grays(), None, n), settings, folder, progress=steps.append, **options)
     return steps
-
-
-def records(folder: Path) -> dict[str, object]:
-    """All outcomes, without the time they took."""
-    found = {}
-    for path in sorted((folder / "outcomes").rglob("*.json")):
-        data = json.loads(path.read_text())
-        for record in data["attacks"].values():
-            del record["seconds"]
-        found[str(path.relative_to(folder))] = data
-    return found
 
 
 def test_two_runs_give_the_same_outcomes_and_the_same_adversarial_images(tmp_path):

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from outcome_records import records
+
 TESTS = Path(__file__).parent.parent
 ATTACKS = "apgd-ce,transfer-cw,bpda"
 
@@ -42,16 +44,6 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(arguments, env=environment(), capture_output=True, text=True, timeout=300, check=False)
 
 
-def outcomes(folder: Path) -> dict[str, object]:
-    found = {}
-    for path in sorted((folder / "outcomes").rglob("*.json")):
-        data = json.loads(path.read_text())
-        for record in data["attacks"].values():
-            del record["seconds"]
-        found[str(path.relative_to(folder))] = data
-    return found
-
-
 @pytest.fixture(scope="module")
 def whole(data, tmp_path_factory) -> Path:
     """An uninterrupted run."""
@@ -76,7 +68,7 @@ def test_a_killed_run_loses_one_attack_on_one_block_at_most_and_ends_with_the_sa
     again = run(*command(data, tmp_path, "--curve", "0"))
     assert again.returncode == 0, again.stderr
     assert all(path.read_bytes() == left[path] for path in finished)  # taken over, time and all
-    assert outcomes(tmp_path) == {k: v for k, v in outcomes(whole).items() if not k.startswith("curve")}
+    assert records(tmp_path) == {k: v for k, v in records(whole).items() if not k.startswith("curve")}
     assert len(json.loads((tmp_path / "manifest.json").read_text())["sittings"]) == 2
 
 
@@ -84,7 +76,7 @@ def test_torchrun_spreads_blocks_over_processes_with_the_same_outcomes(data, who
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "igd")
     finished = run(*command(data, tmp_path, "--curve", "0", launcher=launcher))
     assert finished.returncode == 0, finished.stderr
-    assert outcomes(tmp_path) == outcomes(whole)
+    assert records(tmp_path) == records(whole)
     assert (tmp_path / "report.md").exists()
 
 

@@ -9,8 +9,8 @@ import torch
 from defense import SplitClassifier, load_importance
 from service import compilers, openvino_part, predictor
 from service.compilers import EngineError, choose_compiler
-from service.engine import EngineSplit, padded_size, resolve_device
-from service.openvino_part import fixed_sizes
+from service.engine import EngineSplit, resolve_device
+from service.openvino_part import fixed_sizes, padded_size
 from service.predictor import Predictor
 from toy_models import small_conv_net
 
