@@ -6,6 +6,11 @@ from typing import Any
 from defense.datasets import OWN_PROBE_SET
 
 Report = dict[str, Any]
+_PRECISION = {
+    "float32": "gradients in float32",
+    "bfloat16": "gradients in bfloat16",
+    "bfloat16-queries": "gradients and queries in bfloat16",
+}
 SEEN = "**These are the probe images: the ranking has seen them. Pass other images with --data.**"
 
 
@@ -19,7 +24,7 @@ def markdown_of(report: Report, plots: Sequence[str]) -> str:
         f"{len(settings['attacks'])} attacks, {settings['redraws']} noise draws judge each image, seeds "
         f"{', '.join(map(str, settings['seeds']))}. Effort: {effort['steps']} steps, {effort['eot']} gradients a step "
         f"where noise is averaged, {effort['targets']} target classes, {effort['queries']} queries of Square; "
-        f"gradients in {effort['precision']}, verdicts in float32.",
+        f"{_PRECISION[effort['precision']]}, verdicts in float32.",
         *([SEEN] if report["run"]["dataset"] == OWN_PROBE_SET else []),
         verdicts(report),
         targets_table(report),

@@ -25,10 +25,11 @@ class PresetName(StrEnum):
 
 
 class Precision(StrEnum):
-    """Of the attacks' gradients."""
+    """Of the attacks' gradients, and of their queries."""
 
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
+    BFLOAT16_QUERIES = "bfloat16-queries"
 
 
 def evaluate(
@@ -55,7 +56,9 @@ def evaluate(
     targets: Annotated[int | None, typer.Option(min=1, help="Classes of targeted attacks.")] = None,
     queries: Annotated[int | None, typer.Option(min=1, help="Of Square.")] = None,
     redraws: Annotated[int, typer.Option(min=1, help="Noise draws that judge an image; the worst counts.")] = 10,
-    precision: Annotated[Precision, typer.Option(help="Of gradients; verdicts are float32.")] = Precision.FLOAT32,
+    precision: Annotated[
+        Precision, typer.Option(help="Of gradients, or also of queries without; verdicts are float32.")
+    ] = Precision.FLOAT32,
     block_size: Annotated[int, typer.Option(min=1, help="Images attacked together.")] = 100,
     keep_images: Annotated[bool, typer.Option(help="Keep the adversarial images.")] = True,
     curve: Annotated[int, typer.Option(min=0, help="Images of the accuracy-over-epsilon curve; 0 for none.")] = 30,

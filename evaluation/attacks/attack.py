@@ -14,6 +14,7 @@ from evaluation.attacks.optimizers import Optimizer
 from evaluation.attacks.surrogates import FixedMask
 
 Stage = tuple[nn.Module, Optimizer]
+Precision = Literal["float32", "bfloat16", "bfloat16-queries"]
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,8 @@ class Effort:
         steps: gradient steps of a run. eot: gradients averaged in each step where noise is attacked.
         targets: classes that targeted attacks and fixed masks go through. queries: of attacks without gradients.
         draws: noise draws that decide which of an attack's images is the worst, and whether one still stands.
-        precision: of the gradients, ``"float32"`` or ``"bfloat16"`` (faster where the hardware has it); what is found
-            is always judged in float32.
+        precision: of the gradients, ``"float32"`` or ``"bfloat16"`` (faster where the hardware has it); with
+            ``"bfloat16-queries"`` also of what is asked without a gradient. What is found is always judged in float32.
     """
 
     steps: int = 100
@@ -33,7 +34,7 @@ class Effort:
     targets: int = 9
     queries: int = 5000
     draws: int = 5
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Precision = "float32"
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class Attack(ABC):
                     break
                 if isinstance(surrogate, FixedMask):
                     surrogate.hold(images[standing], labels[standing])
-                counted = _Counted(surrogate, count, self.effort.precision == "bfloat16")
+                counted = _Counted(surrogate, count, self.effort.precision)
                 found = optimize(counted, images[standing], labels[standing], budget)
                 worst.offer(standing, budget.project(found.detach(), images[standing]))
         return AttackResult(worst.images, count.gradient, count.forward)
@@ -133,9 +134,9 @@ class _Calls:
 
 
 class _Counted(nn.Module):
-    def __init__(self, model: nn.Module, count: _Calls, bfloat16: bool = False) -> None:
+    def __init__(self, model: nn.Module, count: _Calls, precision: Precision = "float32") -> None:
         super().__init__()
-        self.model, self.count, self.in_bfloat16 = model, count, bfloat16
+        self.model, self.count, self.precision = model, count, precision
 
     def forward(self, images: Tensor) -> Tensor:
         differentiated = torch.is_grad_enabled() and images.requires_grad
@@ -143,7 +144,8 @@ class _Counted(nn.Module):
             self.count.gradient += len(images)
         else:
             self.count.forward += len(images)
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.in_bfloat16 and differentiated):
+        low = self.precision == "bfloat16-queries" or (self.precision == "bfloat16" and differentiated)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=low):
             logits: Tensor = self.model(images)
         return logits.float()
 

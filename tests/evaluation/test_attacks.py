@@ -1,8 +1,12 @@
+from dataclasses import replace
+
 import pytest
 import torch
+from torch import nn
 
 from evaluation.attacks import ATTACKS, Budget, Effort, attack_by_name, attacks_by_name
-from evaluation.attacks.surrogates import FixedMask, FixedNoise
+from evaluation.attacks.attack import Precision
+from evaluation.attacks.surrogates import FirstPass, FixedMask, FixedNoise, first_pass_of
 from toy_defenses import EPSILON, LinearModel, Staircase, distance_to_border, gray_images, gray_row, two_way_defense
 
 SMALL = Effort(steps=20, eot=2, targets=2, queries=400, draws=2)
@@ -145,3 +149,37 @@ def test_an_unknown_attack_names_those_there_are():
 @pytest.mark.parametrize("name", ATTACKS)
 def test_every_attack_says_what_it_looks_for(name):
     assert "Looks for:" in (ATTACKS[name].__doc__ or "")
+
+
+@pytest.mark.parametrize(
+    ("precision", "gradients", "queries"),
+    [("float32", "float32", "float32"), ("bfloat16", "bfloat16", "float32"), ("bfloat16-queries", *["bfloat16"] * 2)],
+)
+def test_only_what_the_precision_names_is_computed_in_it_and_verdicts_never(precision, gradients, queries):
+    verdicts = "float32"
+    assert _dtypes_of_calls("apgd-ce", precision)[True] == {gradients}
+    assert _dtypes_of_calls("square", precision) == {True: set(), False: {queries, verdicts}}
+
+
+def _dtypes_of_calls(attack: str, precision: Precision) -> dict[bool, set[str]]:
+    """The logits', by whether the call was differentiated."""
+    seen: dict[bool, set[str]] = {True: set(), False: set()}
+
+    def look(_module, inputs, logits) -> None:
+        seen[inputs[0].requires_grad].add(str(logits.dtype).removeprefix("torch."))
+
+    model, images = nn.Sequential(nn.Flatten(), nn.Linear(100, 4)), gray_images(2)
+    labels = model(images).argmax(dim=1)
+    model.register_forward_hook(look)
+    attack_by_name(attack, replace(SMALL, precision=precision))(model, images, labels, Budget(0.01))
+    return seen
+
+
+@pytest.mark.parametrize("sigma", [0.0, 0.05])
+def test_the_first_pass_alone_is_the_first_pass_of_the_defense(sigma):
+    defended = two_way_defense(sigma=sigma)
+    images = gray_row(3)
+    torch.manual_seed(0)
+    expected = first_pass_of(defended, images)[1]
+    torch.manual_seed(0)
+    assert FirstPass(defended)(images).allclose(expected, atol=1e-6)
