@@ -23,7 +23,9 @@ from defense import top_k_masks
 from defense.model_config import DefenseConfig
 from models import models, predictor_of
 from service.compilers import EngineError
-from service.glue import to_images
+from service.openvino_chain import OpenVinoChain
+from service.openvino_part import fixed_sizes
+from service.passes import to_images
 from service.predictor import DEFAULT_THREADS, Pixels, Predictor, ServedDefense
 
 BATCHES = (1, 8, 64)
@@ -100,7 +102,7 @@ def _pixels(predictor: Predictor, batch: int) -> list[Pixels]:
 
 
 def _without_noise(predictor: Predictor, defense: ServedDefense) -> tuple[Predictor, ServedDefense]:
-    """The same engine, object for object, with sigma = 0: two of them differ by where their weights lie in memory."""
+    """The same predictor with sigma = 0."""
     still = copy.copy(predictor)
     config = predictor.config
     still.config = config.model_copy(update={"defense": config.defense.model_copy(update={"sigma": 0.0})})
@@ -108,15 +110,48 @@ def _without_noise(predictor: Predictor, defense: ServedDefense) -> tuple[Predic
 
 
 class Undefended:
-    """What the service would do without a defense: one pass on the same engine."""
+    """What the service would do without a defense: one pass on the same engine, and as little around it."""
 
     def __init__(self, predictor: Predictor, defense: ServedDefense) -> None:
-        self._predictor, self._engine = predictor, defense.engine
+        self._predictor, self._engine, self._chain = predictor, defense.engine, None
+        if defense.compiler == "openvino":
+            front, back = Trunk(self._engine.folded_trunk).eval(), Probabilities(self._engine.folded_tail).eval()
+            blank, nothing = torch.from_numpy(np.stack(_pixels(predictor, 2))), torch.zeros(1)
+            threads, sizes = DEFAULT_THREADS, fixed_sizes(max(BATCHES))
+            self._chain = OpenVinoChain(front, back, self._engine.dtype, [blank], nothing, threads, sizes)
+            self._nothing = nothing.numpy()
 
     @torch.inference_mode()
     def __call__(self, pixels: list[Pixels]) -> object:
-        images = to_images(self._predictor.to_device(pixels))
-        return self._engine.tail(*self._engine.cut(images)).softmax(1).cpu().numpy()
+        batch = np.frombuffer(bytearray().join(p.data for p in pixels), np.uint8).reshape(-1, *pixels[0].shape)
+        if self._chain:
+            return self._chain((batch,), self._nothing)[0]
+        return self._engine.tail(*self._engine.cut(to_images(torch.from_numpy(batch)))).softmax(1).numpy()
+
+
+class Trunk(torch.nn.Module):
+    """Pixels to what crosses the split."""
+
+    def __init__(self, trunk: torch.nn.Module) -> None:
+        super().__init__()
+        self.trunk = trunk
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        values: tuple[Tensor, ...] = self.trunk(to_images(pixels))
+        return values
+
+
+class Probabilities(torch.nn.Module):
+    """What crosses the split to probabilities; the last input is there for the chain's sake."""
+
+    def __init__(self, tail: torch.nn.Module) -> None:
+        super().__init__()
+        self.tail = tail
+
+    def forward(self, *values: Tensor) -> Tensor:
+        *crossing, nothing = values
+        logits: Tensor = self.tail(*crossing)
+        return logits.softmax(1) + nothing
 
 
 class LiteralDefense:
@@ -137,7 +172,7 @@ class LiteralDefense:
             torch.set_num_threads(engines_threads)
 
     def _both_passes(self, pixels: list[Pixels]) -> object:
-        images = to_images(self._predictor.to_device(pixels))
+        images = to_images(torch.from_numpy(np.stack(pixels)))
         noisy = images + self._settings.sigma * torch.randn_like(images)
         weights = (self._split(noisy) / self._settings.temperature).softmax(1)
         masks = torch.zeros(len(images), self._masks.shape[1])

@@ -24,8 +24,8 @@ from models import models, sample_files, settings_of
 
 RATE = 500
 PLACES = {  # the name that is printed: a pattern of stack frames, innermost first
-    "device: trunk (OpenVINO)": r"infer \(openvino|\(service/openvino_part",
-    "device: noise, masks, both tails": r"Module._call_impl|\(service/predictor",
+    "device: trunk, masks, tails (OpenVINO)": r"infer \(openvino|\(service/openvino_",
+    "device: noise and pixels": r"\(service/predictor|\(service/passes",
     "device: batch, hand over": r"batching.py:.*|_worker \(concurrent",
     "loop: decode the PNG": r"decode_image|Decoder\.",
     "loop: JSON of the answer": r"prediction_json|_most_probable|render \(starlette",

@@ -106,16 +106,17 @@ class DefendedClassifier(nn.Module):
         noise = self._standard_normal(images, noise)
         return torch.cat([images, (images + self.sigma * noise).flatten(0, 1)])  # not clamped, as in the paper
 
-    def judge(self, *values: Tensor) -> DefendedPrediction:
+    def judge(self, *values: Tensor, masks: Tensor | None = None) -> DefendedPrediction:
         """Both passes' answers, from what crosses the split for ``with_noisy_copies(images)``.
 
         Args:
             values: activations [(1 + n) * B, ...] and what bypasses the layer; B without noise.
+            masks: [C, N], in place of this importance's: for what is compiled once for all.
         """
         clean, logits = self._first_pass(values)
         undefended_logits = self.split.tail(*clean) if self.sigma else logits
         class_weights = self._pseudo_label(logits)
-        return DefendedPrediction(self._masked_pass(clean, class_weights), undefended_logits, class_weights)
+        return DefendedPrediction(self._masked_pass(clean, class_weights, masks), undefended_logits, class_weights)
 
     def second_pass(self, first_pass_logits: Tensor, activations: Tensor, *bypass: Tensor) -> Tensor:
         """Defended logits [B, C], where the first pass is known already: the tail alone runs.
@@ -151,10 +152,10 @@ class DefendedClassifier(nn.Module):
         # Softmax, not argmax: an adaptive attack needs this gradient.
         return torch.softmax(logits / self.temperature, dim=1)
 
-    def _masked_pass(self, clean: tuple[Tensor, ...], class_weights: Tensor) -> Tensor:
+    def _masked_pass(self, clean: tuple[Tensor, ...], class_weights: Tensor, masks: Tensor | None = None) -> Tensor:
         activations, *bypass = clean
-        masks = class_weights @ self.masks.to(class_weights)
-        return self.split.tail(activations * _per_channel(masks, activations.ndim), *bypass)
+        kept = class_weights @ (self.masks if masks is None else masks).to(class_weights)
+        return self.split.tail(activations * _per_channel(kept, activations.ndim), *bypass)
 
 
 def _per_channel(masks: Tensor, ndim: int) -> Tensor:

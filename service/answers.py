@@ -34,7 +34,7 @@ class BatchRun:
 
 
 class Answer(NamedTuple):
-    """Of one image: its rows [5, C] (``glue.ROWS``), and the batch."""
+    """Of one image: its rows [5, C] (``passes.ROWS``), and the batch."""
 
     rows: Rows
     batch: BatchRun

@@ -5,7 +5,8 @@ at one image, and takes batches of any size; inductor compiles each size anew, s
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -99,6 +100,17 @@ def _inductor(part: nn.Module) -> Any:
 def _openvino(
     part: nn.Module, dtype: torch.dtype, examples: Sequence[Tensor], threads: int, sizes: Sequence[int]
 ) -> Part:
+    with openvino_error(dtype):
+        return OpenVinoPart(part, dtype, examples, threads, sizes)
+
+
+@contextmanager
+def openvino_error(dtype: torch.dtype) -> Iterator[None]:
+    """Say in our words that OpenVINO cannot compile something in this dtype.
+
+    Raises:
+        EngineError: it cannot.
+    """
     import openvino
 
     capabilities = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
@@ -108,6 +120,6 @@ def _openvino(
             "set IGD_DTYPE=auto, or IGD_COMPILE=none"
         )
     try:
-        return OpenVinoPart(part, dtype, examples, threads, sizes)
+        yield
     except RuntimeError as error:
         raise EngineError(f"OpenVINO cannot compile this model ({error}); set IGD_COMPILE=none") from error

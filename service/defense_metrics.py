@@ -52,7 +52,7 @@ class DefenseMetrics(Collector):
         """Take note of a batch's probabilities; called on the device thread.
 
         Args:
-            rows: [B, 5, C], see ``glue.ROWS``. Not to be changed afterwards.
+            rows: [B, 5, C], see ``passes.ROWS``. Not to be changed afterwards.
         """
         self._aside.append(rows)
         self._bytes_aside += rows.nbytes

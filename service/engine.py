@@ -4,14 +4,15 @@ import copy
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.optimization import fuse
 
-from defense import DefendedClassifier, SplitClassifier
-from service.compilers import Compiler, EngineError, compiled
+from defense import SplitClassifier
+from service.compilers import Compiler, EngineError, Part, compiled
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WARN_BELOW, FALL_BACK_BELOW = 0.99, 0.95
@@ -79,9 +80,9 @@ class EngineSplit(SplitClassifier):
         self.dtype, self.compiler = dtype, compiler
         self.clock = StageClock(next(split.parameters(), torch.empty(0)).device)
         self._trunk, self._tail = _folded(split._trunk), _folded(split._tail)
+        self._images, self._threads, self._sizes = images, threads, sizes
         with torch.no_grad():
             examples = () if images is None else split.cut(images)
-        self._run_trunk = compiled(self._trunk, compiler, dtype, [] if images is None else [images], threads, sizes)
         if split.tail_is_affine:
             self._run_tail = compiled(self._tail, "none", torch.float32, examples)
         else:
@@ -92,10 +93,25 @@ class EngineSplit(SplitClassifier):
         """Of precision and compiler, for the log."""
         return str(self.dtype) + (f" by {self.compiler}" if self.compiler != "none" else "")
 
+    @property
+    def folded_trunk(self) -> nn.Module:
+        """The trunk with batch normalization folded, to be compiled with what comes before it."""
+        return self._trunk
+
+    @property
+    def folded_tail(self) -> nn.Module:
+        """The tail, to be compiled with what comes after it."""
+        return self._tail
+
+    @cached_property
+    def _run_trunk(self) -> Part:
+        # Where first needed: by OpenVINO the service runs another executable, which begins at the pixels.
+        examples = [] if self._images is None else [self._images]
+        return compiled(self._trunk, self.compiler, self.dtype, examples, self._threads, self._sizes)
+
     def cut(self, images: Tensor) -> tuple[Tensor, ...]:
         """The activations and what bypasses the layer, as float32."""
-        with self.clock.stage("trunk"):
-            return self._run_trunk(images)
+        return self._run_trunk(images)
 
     def tail(self, activations: Tensor, *bypass: Tensor) -> Tensor:
         """Logits [B, C], as float32."""
@@ -132,6 +148,11 @@ class StageClock:
             yield
             self._seconds[name] += time.perf_counter() - started
 
+    def add(self, seconds: Sequence[float]) -> None:
+        """Count seconds that something else measured, one for each of ``STAGES``."""
+        for name, more in zip(STAGES, seconds, strict=True):
+            self._seconds[name] += more
+
     def read(self) -> dict[str, float]:
         """Seconds by stage since the last reading."""
         for name, begin, end in self._events:
@@ -139,18 +160,3 @@ class StageClock:
         self._events.clear()
         seconds, self._seconds = self._seconds, dict.fromkeys(STAGES, 0.0)
         return seconds
-
-
-@torch.inference_mode()
-def agreement(
-    fast: DefendedClassifier, exact: DefendedClassifier, images: Tensor, noise: Tensor | None, batch_size: int = 64
-) -> float:
-    """The share of images [B, channels, H, W] whose defended prediction is the same, given the same noise."""
-    parts = _parts(images, noise, batch_size)
-    same = [fast(batch, v).argmax(1) == exact(batch, v).argmax(1) for batch, v in parts]
-    return float(torch.cat(same).float().mean())
-
-
-def _parts(images: Tensor, noise: Tensor | None, size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-    for i in range(0, len(images), size):
-        yield images[i : i + size], None if noise is None else noise[:, i : i + size]

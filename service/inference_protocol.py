@@ -20,7 +20,7 @@ from defense.model_config import InputConfig
 from service.answers import Rows
 from service.arrays import Pixels, as_pixels
 from service.errors import TooLarge, Unprocessable
-from service.glue import ROWS
+from service.passes import ROWS
 
 EXTENSIONS = ("binary_tensor_data",)
 HEADER_LENGTH = "Inference-Header-Content-Length"
@@ -166,7 +166,7 @@ def write_response(
     """A response's body, and the length of its JSON if binary data is behind that.
 
     Args:
-        rows: of each image, [5, C] (``glue.ROWS``).
+        rows: of each image, [5, C] (``passes.ROWS``).
     """
     described: list[dict[str, Any]] = []
     binary: list[bytes] = []

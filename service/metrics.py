@@ -169,7 +169,7 @@ class Metrics:
         """Note what a batch gave and took; called on the device thread.
 
         Args:
-            rows: [B, 5, C], see ``glue.ROWS``. stage_seconds: by stage.
+            rows: [B, 5, C], see ``passes.ROWS``. stage_seconds: by stage.
         """
         self.batch_size.observe(len(rows))
         self.last_batch.set_to_current_time()

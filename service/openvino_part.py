@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 TYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 CAPABILITIES = {torch.float32: "FP32", torch.bfloat16: "BF16", torch.float16: "FP16"}
-FIXED_SIZES = (1, *range(2, 33, 2), *range(40, 65, 8))  # what is beyond takes so long that 0.4 ms do not matter
+FIXED_SIZES = (*range(1, 17), *range(20, 33, 4))  # what is beyond takes so long that 0.4 ms do not matter
 FIXED_WEIGHTS_BYTES = 64 << 20  # of all copies
 
 
@@ -32,6 +32,29 @@ def fixed_sizes(largest: int) -> list[int]:
 def padded_size(count: int, sizes: Sequence[int]) -> int:
     """The smallest of ``sizes`` that holds ``count``; ``count`` itself where none does."""
     return next((size for size in sizes if size >= count), count)
+
+
+def fits_fixed_sizes(part: nn.Module, dtype: torch.dtype, sizes: Sequence[int]) -> bool:
+    """Whether there is memory for an executable of every size."""
+    weights_bytes = dtype.itemsize * sum(parameter.numel() for parameter in part.parameters())
+    return weights_bytes * len(sizes) <= FIXED_WEIGHTS_BYTES
+
+
+def executable(
+    model: "openvino.Model", shapes: "Sequence[Sequence[int] | openvino.PartialShape]", dtype: torch.dtype, threads: int
+) -> "openvino.InferRequest":
+    """The model for inputs of these shapes; -1 is any."""
+    import openvino
+
+    options = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": threads,
+        "INFERENCE_PRECISION_HINT": TYPES[dtype],
+        "ENABLE_CPU_PINNING": False,  # the event loop and the decoders share these cores
+    }
+    sized = model.clone()
+    sized.reshape({i: openvino.PartialShape(list(shape)) for i, shape in enumerate(shapes)})
+    return openvino.Core().compile_model(sized, "CPU", options).create_infer_request()
 
 
 class OpenVinoPart:
@@ -49,26 +72,15 @@ class OpenVinoPart:
     def __init__(
         self, part: nn.Module, dtype: torch.dtype, examples: Sequence[Tensor], threads: int, sizes: Sequence[int] = ()
     ) -> None:
-        import openvino
-
-        options = {
-            "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_NUM_THREADS": threads,
-            "INFERENCE_PRECISION_HINT": TYPES[dtype],
-            "ENABLE_CPU_PINNING": False,  # the event loop and the decoders share these cores
-        }
-        weights_bytes = dtype.itemsize * sum(parameter.numel() for parameter in part.parameters())
-        model, core = _traced(part, examples), openvino.Core()
+        model = traced(part, examples)
         shapes = [value.shape[1:] for value in examples]
 
-        def executable(size: int) -> "openvino.InferRequest":
-            sized = model.clone()
-            sized.reshape(dict(enumerate([[size, *shape] for shape in shapes])))
-            return core.compile_model(sized, "CPU", options).create_infer_request()
+        def of_size(size: int) -> "openvino.InferRequest":
+            return executable(model, [[size, *shape] for shape in shapes], dtype, threads)
 
-        self._any_size = executable(-1)
-        small = weights_bytes * len(sizes) <= FIXED_WEIGHTS_BYTES
-        self._fixed = {size: _Fixed(executable(size), size, shapes) for size in sizes if small}
+        self._any_size = of_size(-1)
+        small = fits_fixed_sizes(part, dtype, sizes)
+        self._fixed = {size: _Fixed(of_size(size), size, shapes) for size in sizes if small}
 
     def __call__(self, *values: Tensor) -> tuple[Tensor, ...]:
         count = len(values[0])
@@ -94,14 +106,14 @@ class _Fixed:
         arrays = [np.zeros((size, *shape), np.float32) for shape in shapes]
         for i, array in enumerate(arrays):
             request.set_input_tensor(i, openvino.Tensor(array, shared_memory=True))
-        self._inputs = [_bytes_of(array) for array in arrays]
+        self._inputs = [bytes_of(array) for array in arrays]
         outputs = [request.get_output_tensor(i).data for i in range(len(request.model_outputs))]
-        self._outputs = [(_bytes_of(output), output.shape[1:], output[0].nbytes) for output in outputs]
+        self._outputs = [(bytes_of(output), output.shape[1:], output[0].nbytes) for output in outputs]
 
     def __call__(self, values: Sequence[Tensor]) -> tuple[Tensor, ...]:
         count = len(values[0])
         for memory, value in zip(self._inputs, values, strict=True):
-            given = _bytes_of((value if value.is_contiguous() else value.contiguous()).numpy())
+            given = bytes_of((value if value.is_contiguous() else value.contiguous()).numpy())
             memory[: len(given)] = given  # what the last batch left behind it is as good as any padding
         # Python's lock is free while it computes: the event loop answers meanwhile.
         self._request.infer(share_outputs=True)
@@ -109,11 +121,13 @@ class _Fixed:
         return tuple(torch.from_numpy(np.frombuffer(c, np.float32).reshape(count, *shape)) for c, shape in copies)
 
 
-def _bytes_of(array: NDArray[np.float32]) -> memoryview:
+def bytes_of(array: NDArray[Any]) -> memoryview:
+    """Of an array that is contiguous."""
     return array.data.cast("B")
 
 
-def _traced(part: nn.Module, examples: Sequence[Tensor]) -> Any:
+def traced(part: nn.Module, examples: Sequence[Tensor]) -> "openvino.Model":
+    """The part as OpenVINO's model, for batches of any size."""
     # Not openvino.convert_model, which reports its use to a server.
     from openvino.frontend import FrontEndManager
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder

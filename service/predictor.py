@@ -5,6 +5,7 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,16 +24,9 @@ from defense import (
 )
 from defense.importance import check_origin
 from service.compilers import Compiler, EngineError, choose_compiler
-from service.engine import (
-    FALL_BACK_BELOW,
-    WARN_BELOW,
-    EngineSplit,
-    agreement,
-    choose_dtype,
-    resolve_device,
-)
-from service.glue import Epilogue, Prologue, traced
+from service.engine import FALL_BACK_BELOW, WARN_BELOW, EngineSplit, StageClock, choose_dtype, resolve_device
 from service.openvino_part import fixed_sizes, padded_size
+from service.passes import OpenVinoPasses, Passes, PyTorchPasses, agreement, openvino_chain
 from service.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -42,7 +36,9 @@ WARM_UP_S = 5.0
 DEFAULT_THREADS = torch.get_num_threads()  # torch's choice, one a physical core; a Predictor may change it
 
 Pixels = NDArray[np.uint8]
-Glue = Callable[..., Tensor]
+PassesOf = Callable[[DefendedClassifier], Passes]  # of an importance on the engine
+_Engine = tuple[EngineSplit, PassesOf]
+_Ready = tuple[EngineSplit, PassesOf, float | None]  # and the share of probe images that it agrees on
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,8 +54,7 @@ class ServedDefense:
     version: str
     importance: NeuronImportance
     classifier: DefendedClassifier
-    prologue: Glue
-    epilogue: Glue
+    passes: Passes
     engine: EngineSplit
     agreement: float | None
 
@@ -82,11 +77,12 @@ class Inputs:
     """A batch, prepared.
 
     Attributes:
-        images: [(1 + draws) * B, channels, H, W], those with noise after those without; B is padded for inductor.
+        pixels: [B, H, W, channels]. noise: [B, draws, channels, H, W], if any. B is padded for inductor.
         count: how many are asked for. began_s: when it was begun, on perf_counter's clock.
     """
 
-    images: Tensor
+    pixels: Pixels
+    noise: Tensor | None
     count: int
     began_s: float
 
@@ -141,7 +137,7 @@ class Predictor:
         self._model = load_classifier(directory).to(self.device)
         self.split = SplitClassifier(self._model, self.config.defense.layer)
         self._splits = {self.split.layer: self.split}
-        self._engines: dict[str, tuple[EngineSplit, float | None]] = {}
+        self._engines: dict[tuple[str, int], _Ready] = {}
         self._sizes = _powers_of_two(max_batch_size)
         self._probe = self._probe_images(directory)
         self._dtype, self._compiler = self._checked(choose_dtype(dtype, self.device), dtype), compiler
@@ -167,44 +163,33 @@ class Predictor:
         Raises:
             DefenseError: it does not fit this model.
         """
-        layer = importance.layer
-        if layer not in self._engines:  # once a layer: another version is to be served within a second
-            self._engines[layer] = self._engine_for(importance)
-        engine, share = self._engines[layer]
+        engine, passes_of, share = self._engine_at(importance)
         # What is left to PyTorch beside OpenVINO is small: to share it out takes longer than to do it.
         torch.set_num_threads(1 if engine.compiler == "openvino" else self._threads)
         classifier = self._defend(engine, importance)
-        glue = self._glue(engine, classifier)
         engine.stage_seconds()  # what getting warm took is no batch's
-        return ServedDefense(version, importance, classifier, *glue, engine, share)
+        return ServedDefense(version, importance, classifier, passes_of(classifier), engine, share)
 
-    @torch.inference_mode()
-    def _glue(self, engine: EngineSplit, classifier: DefendedClassifier) -> tuple[Glue, Glue]:
-        before, after = Prologue(classifier), Epilogue(classifier)
-        if engine.compiler != "openvino" or not engine.tail_is_affine:
-            return before, after
-        pixels = np.zeros((2, *self.config.input.size, self.config.input.channels), np.uint8)
-        given = self._inputs(list(pixels))
-        values = engine.cut(before(*given))
-        prologue, epilogue = traced(before, *given), traced(after, *values)
-        for _ in range(3):  # it is optimized when it has been run a few times
-            epilogue(*engine.cut(prologue(*given)))
-        return prologue, epilogue
+    def _engine_at(self, importance: NeuronImportance) -> _Ready:
+        key = importance.layer, self._draws  # once for all versions: another one is to be served within a second
+        if key not in self._engines:
+            self._engines[key] = self._engine_for(importance)
+        return self._engines[key]
 
-    def _engine_for(self, importance: NeuronImportance) -> tuple[EngineSplit, float | None]:
+    def _engine_for(self, importance: NeuronImportance) -> _Ready:
         """The fastest engine that leaves the predictions as they are, and the share of the same ones."""
         torch.set_num_threads(self._threads)
-        engine = self._fast_engine(importance.layer)
-        share = self._agreement(engine, importance)
+        engine, passes_of = self._fast_engine(importance)
+        share = self._agreement(engine, passes_of, importance)
         if share is None:
-            return engine, None
+            return engine, passes_of, None
         if share < FALL_BACK_BELOW and (engine.dtype, engine.compiler) != (torch.float32, "none"):
             logger.error("%s agrees with float32 on %.1f%% of probe images; serving float32", engine.name, 100 * share)
-            engine = self._engine(importance.layer, torch.float32, "none")
-            return engine, self._agreement(engine, importance)
+            engine, passes_of = self._engine(importance, torch.float32, "none")
+            return engine, passes_of, self._agreement(engine, passes_of, importance)
         level = logging.WARNING if share < WARN_BELOW else logging.INFO
         logger.log(level, "%s agrees with float32 on %.1f%% of probe images", engine.name, 100 * share)
-        return engine, share
+        return engine, passes_of, share
 
     def predict(self, defense: ServedDefense, pixels: Sequence[Pixels]) -> NDArray[np.float32]:
         """Classify a batch.
@@ -213,42 +198,19 @@ class Predictor:
             pixels: B arrays [H, W, channels].
 
         Returns:
-            [B, 5, C]: of each image the rows that ``glue.ROWS`` names, its probabilities first.
+            [B, 5, C]: of each image the rows that ``passes.ROWS`` names, its probabilities first.
         """
         return self.both_passes(defense, self.inputs(defense, pixels))
 
-    @torch.inference_mode()
     def inputs(self, defense: ServedDefense, pixels: Sequence[Pixels]) -> Inputs:
-        """What the trunk takes for a batch; short, but many small operations, so it needs Python's lock."""
+        """Pixels and noise of a batch; short, but it needs Python's lock."""
         began_s = time.perf_counter()
-        given = self._inputs(self._padded(pixels) if defense.compiler == "inductor" else pixels)
-        return Inputs(defense.prologue(*given), len(pixels), began_s)
+        batch = _joined(self._padded(pixels) if defense.compiler == "inductor" else pixels)
+        return Inputs(batch, self._noise(batch.shape), len(pixels), began_s)
 
-    @torch.inference_mode()
     def both_passes(self, defense: ServedDefense, inputs: Inputs) -> NDArray[np.float32]:
         """The rest of ``predict``."""
-        values = defense.engine.cut(inputs.images)
-        with defense.engine.clock.stage("tail"):
-            rows: NDArray[np.float32] = self._to_host(defense.epilogue(*values)).numpy()
-        return rows[: inputs.count]
-
-    def _inputs(self, pixels: Sequence[Pixels]) -> tuple[Tensor, ...]:
-        """What the prologue takes: pixels [B, H, W, channels], and noise where there is some."""
-        tensor = self.to_device(pixels)
-        batch, height, width, channels = tensor.shape
-        noise = self._noise((batch, channels, height, width))
-        return (tensor,) if noise is None else (tensor, noise)
-
-    def to_device(self, pixels: Sequence[Pixels]) -> Tensor:
-        """B arrays [H, W, channels] as one tensor on the device."""
-        # Not numpy.stack, nor torch's reshape: they let go of Python's lock and then wait for it behind the event loop.
-        joined = np.frombuffer(bytearray().join(p.data for p in pixels), np.uint8)
-        tensor = torch.from_numpy(joined.reshape(len(pixels), *pixels[0].shape))
-        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
-
-    def _to_host(self, values: Tensor) -> Tensor:
-        # On a CPU even .cpu() would let go of Python's lock.
-        return values if self.device.type == "cpu" else values.cpu()
+        return defense.passes(inputs.pixels, inputs.noise)[: inputs.count]
 
     def _padded(self, pixels: Sequence[Pixels]) -> list[Pixels]:
         """To a size that is compiled already: inductor compiles every size anew."""
@@ -256,10 +218,12 @@ class Predictor:
         return [*pixels, *[np.zeros_like(pixels[0])] * missing]
 
     def _noise(self, shape: Sequence[int]) -> Tensor | None:
-        """Standard normal, for images of a shape."""
+        """Standard normal, [B, draws, channels, H, W], for pixels [B, H, W, channels]."""
         if not self._draws:
             return None
-        return torch.randn((self._draws, *shape), generator=self._generator, device=self.device)
+        batch, height, width, channels = shape
+        drawn = (batch, self._draws, channels, height, width)
+        return torch.randn(drawn, generator=self._generator, device=self.device)
 
     @property
     def _draws(self) -> int:
@@ -275,61 +239,77 @@ class Predictor:
             self._splits[layer] = SplitClassifier(self._model, layer)
         return self._splits[layer]
 
-    def _fast_engine(self, layer: str) -> EngineSplit:
+    def _fast_engine(self, importance: NeuronImportance) -> _Engine:
         compiler = choose_compiler(self._compiler, self.device)
         if self._compiler != "auto":
-            return self._engine(layer, self._dtype, compiler)
+            return self._engine(importance, self._dtype, compiler)
         if self._probe is None:  # what nothing can check is for those who ask for it
             compiler = "none"
         try:
-            return self._engine(layer, self._dtype, compiler)
+            return self._engine(importance, self._dtype, compiler)
         except EngineError as error:
             logger.warning("serving without a compiler: %s", error)
-            return self._engine(layer, self._dtype, "none")
+            return self._engine(importance, self._dtype, "none")
 
-    def _engine(self, layer: str, dtype: torch.dtype, compiler: Compiler) -> EngineSplit:
+    def _engine(self, importance: NeuronImportance, dtype: torch.dtype, compiler: Compiler) -> _Engine:
         images = torch.rand(2, *self.config.input.shape, device=self.device)
-        sizes = fixed_sizes(self._sizes[-1] * (1 + self._draws))
-        engine = EngineSplit(self._split_at(layer), dtype, compiler, images, threads=self._threads, sizes=sizes)
-        self._warm_up(engine)
-        return engine
+        split, rows = self._split_at(importance.layer), fixed_sizes(self._sizes[-1] * (1 + self._draws))
+        engine = EngineSplit(split, dtype, compiler, images, threads=self._threads, sizes=rows)
+        classifier = self._defend(engine, importance)
+        if compiler == "openvino" and engine.tail_is_affine:
+            blank, sizes = self._blank(2), fixed_sizes(self._sizes[-1])
+            chain = openvino_chain(engine, classifier, blank, self._noise(blank.shape), self._threads, sizes)
+            passes_of: PassesOf = partial(OpenVinoPasses, chain=chain, clock=engine.clock)
+        else:
+            passes_of = partial(PyTorchPasses, clock=engine.clock)
+        self._warm_up(passes_of(classifier), compiler)
+        return engine, passes_of
 
-    @torch.inference_mode()
-    def _warm_up(self, engine: EngineSplit) -> None:
-        """Run both passes' shapes once: the first call of each allocates, chooses kernels, or compiles.
+    def _blank(self, batch: int) -> Pixels:
+        return np.zeros((batch, *self.config.input.size, self.config.input.channels), np.uint8)
+
+    def _warm_up(self, passes: Passes, compiler: Compiler) -> None:
+        """Run batches of all sizes once: the first call of each allocates, chooses kernels, or compiles.
 
         OpenVINO takes 10 to 40 ms the first time for any number of images that it has no fixed size for. Where batches
         are quick that is a stumble of several; where they are not, it does not matter: hence the smaller sizes first,
         for ``WARM_UP_S``.
         """
-        openvino = engine.compiler == "openvino"
-        others = [size for size in range(1, self._sizes[-1]) if openvino and size not in self._sizes]
+        others = [size for size in range(1, self._sizes[-1]) if compiler == "openvino" and size not in self._sizes]
         began_s = time.perf_counter()
         for i, size in enumerate([*self._sizes, *others]):
             if i >= len(self._sizes) and time.perf_counter() - began_s > WARM_UP_S:
                 return
-            values = engine.cut(torch.zeros(size * (1 + self._draws), *self.config.input.shape, device=self.device))
-            engine.tail(*values)
-            engine.tail(*(value[:size] for value in values))
+            blank = self._blank(size)
+            passes(blank, self._noise(blank.shape))
 
-    def _probe_images(self, directory: Path) -> Tensor | None:
+    def _probe_images(self, directory: Path) -> Pixels | None:
         try:
             probe = load_probe_set(directory)
             images, _ = next(probe.batches(PROBE_IMAGES, config=self.config.input))
         except ProbeSetError as error:
             logger.info("precisions are not compared: %s", error)
             return None
-        return images.to(self.device)
+        # Their values are a byte's: where they were resized, that was done on bytes.
+        pixels: Pixels = images.mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
+        return pixels
 
     def _checked(self, dtype: torch.dtype, name: str) -> torch.dtype:
         return torch.float32 if name == "auto" and self._probe is None else dtype
 
-    def _agreement(self, engine: EngineSplit, importance: NeuronImportance) -> float | None:
+    def _agreement(self, engine: EngineSplit, passes_of: PassesOf, importance: NeuronImportance) -> float | None:
         if self._probe is None:
             return None
-        fast = self._defend(engine, importance)
-        exact = self._defend(self._split_at(importance.layer), importance)
-        return agreement(fast, exact, self._probe, self._noise(self._probe.shape), self._sizes[-1])
+        exact = PyTorchPasses(self._defend(self._split_at(importance.layer), importance), StageClock(self.device))
+        fast, noise = passes_of(self._defend(engine, importance)), self._noise(self._probe.shape)
+        return agreement(fast, exact, self._probe, noise, self._sizes[-1])
+
+
+def _joined(pixels: Sequence[Pixels]) -> Pixels:
+    """B arrays [H, W, channels] as one."""
+    # Not numpy.stack, which lets go of Python's lock and then waits for it behind the event loop.
+    joined = np.frombuffer(bytearray().join(p.data for p in pixels), np.uint8)
+    return joined.reshape(len(pixels), *pixels[0].shape)
 
 
 def _powers_of_two(largest: int) -> list[int]:

@@ -183,7 +183,7 @@ class ImportanceResponse(BaseModel):
 
 
 def prediction_json(rows: NDArray[np.float32], labels: Sequence[str], top: int) -> dict[str, Any]:
-    """A ``Prediction`` as plain JSON values, from one image's rows of the predictor (``glue.ROWS``)."""
+    """A ``Prediction`` as plain JSON values, from one image's rows of the predictor (``passes.ROWS``)."""
     defended, undefended, class_weights = rows[:3]
     order = (-defended).argsort(kind="stable")[:top]
     listed = [

@@ -66,7 +66,7 @@ class DefendedModel:
         return decode_image(body, self._predictor.config.input, max_pixels=MAX_PIXELS)
 
     def predict(self, batch: Sequence[Pixels]) -> list[Rows]:
-        """[5, C] for each image: see ``service.glue.ROWS``."""
+        """[5, C] for each image: see ``service.passes.ROWS``."""
         return list(self._predictor.predict(self._defense, batch))
 
     def answer(self, rows: Rows) -> dict[str, Any]:

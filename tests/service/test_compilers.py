@@ -11,6 +11,7 @@ from service import compilers, openvino_part, predictor
 from service.compilers import EngineError, choose_compiler
 from service.engine import EngineSplit, resolve_device
 from service.openvino_part import fixed_sizes, padded_size
+from service.passes import OpenVinoPasses
 from service.predictor import Predictor
 from toy_models import small_conv_net
 
@@ -88,9 +89,9 @@ def test_a_large_network_has_no_copies_of_its_weights(monkeypatch):
 
 
 def test_fixed_sizes_reach_to_the_largest_batch():
-    assert fixed_sizes(6) == [1, 2, 4, 6]
-    assert fixed_sizes(7) == [1, 2, 4, 6, 7]
-    assert fixed_sizes(128)[-3:] == [56, 64, 128]
+    assert fixed_sizes(6) == [1, 2, 3, 4, 5, 6]
+    assert fixed_sizes(18)[-3:] == [15, 16, 18]
+    assert fixed_sizes(64)[-3:] == [28, 32, 64]
 
 
 @needs_openvino
@@ -213,7 +214,7 @@ def cannot(*arguments):
 
 
 def test_a_compiler_that_fails_is_done_without_when_nobody_asked_for_it(tiny_model, monkeypatch, caplog):
-    monkeypatch.setattr(compilers, "_openvino", cannot)
+    monkeypatch.setattr(predictor, "openvino_chain", cannot)
     monkeypatch.setattr(predictor, "choose_compiler", lambda name, device: "openvino")
     importance = load_importance(tiny_model)
     with caplog.at_level(logging.WARNING):
@@ -233,10 +234,9 @@ def test_a_device_that_is_not_there_is_named():
 @needs_openvino
 @pytest.mark.parametrize(("seconds", "seen"), [(60.0, [1, 2, 4, 6, 3, 5]), (0.0, [1, 2, 4, 6])])
 def test_every_batch_size_is_run_once_before_serving_while_time_is_left(tiny_model, monkeypatch, seconds, seen):
-    sizes, cut = [], EngineSplit.cut
+    sizes, call = [], OpenVinoPasses.__call__
     monkeypatch.setattr(predictor, "WARM_UP_S", seconds)
-    monkeypatch.setattr(EngineSplit, "cut", lambda engine, images: (sizes.append(len(images)), cut(engine, images))[1])
+    monkeypatch.setattr(OpenVinoPasses, "__call__", lambda p, *given: sizes.append(len(given[0])) or call(p, *given))
     served = Predictor(tiny_model, compiler="openvino", dtype="float32", max_batch_size=6)
-    draws = served.config.defense.num_noise_samples if served.config.defense.sigma else 0
-    served._fast_engine(served.split.layer)
-    assert [size / (1 + draws) for size in sizes] == seen
+    served._fast_engine(load_importance(tiny_model))
+    assert sizes == seen

@@ -5,11 +5,11 @@ import logging
 import pytest
 import torch
 
-from defense import DefendedClassifier, SplitClassifier, load_importance
+from defense import SplitClassifier, load_importance
 from service import predictor as predictor_module
-from service.engine import EngineSplit, agreement, choose_dtype
+from service.engine import EngineSplit, choose_dtype
 from service.predictor import Predictor
-from toy_models import PixelNet, importance_of, small_conv_net
+from toy_models import small_conv_net
 
 CPU = torch.device("cpu")
 
@@ -47,17 +47,6 @@ def test_the_original_model_is_left_as_it_was():
     before = split(images)
     EngineSplit(split, torch.bfloat16)
     assert torch.equal(split(images), before)
-
-
-def test_agreement_is_the_share_of_equal_predictions():
-    split = SplitClassifier(PixelNet([[1.0, 0.0], [0.0, 1.0]]))
-    importance = importance_of(split, [[1.0, 0.0], [1.0, 0.0]])
-    all_neurons = DefendedClassifier(split, importance, top_k=2, sigma=0)
-    first_neuron = DefendedClassifier(split, importance, top_k=1, sigma=0)  # says class 0, whatever the image
-    images = torch.tensor([[2.0, 1.0], [1.0, 2.0], [3.0, 1.0], [5.0, 4.0]]).view(4, 1, 1, 2)
-
-    assert agreement(all_neurons, all_neurons, images, None) == 1
-    assert agreement(all_neurons, first_neuron, images, None) == 0.75
 
 
 def test_a_named_dtype_is_that_dtype():

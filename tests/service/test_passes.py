@@ -1,0 +1,125 @@
+"""Both passes as one call say what the defended classifier says, for any batch."""
+
+import importlib.util
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from defense import DefendedClassifier, SplitClassifier
+from defense.resnet import CifarResNet
+from service.compilers import Compiler
+from service.engine import EngineSplit, StageClock
+from service.passes import OpenVinoPasses, PyTorchPasses, agreement, openvino_chain, to_images
+from toy_models import PixelNet, importance_of, small_conv_net
+
+needs_openvino = pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="openvino is not installed")
+CLOCK = StageClock(torch.device("cpu"))
+
+
+def engine_at(layer: str, compiler: Compiler) -> tuple[SplitClassifier, EngineSplit]:
+    model = CifarResNet(width=4, num_classes=4) if layer == "layer4" else small_conv_net()
+    split = SplitClassifier(model, layer, input_size=(3, 8, 8))
+    return split, EngineSplit(split, torch.float32, compiler, torch.rand(2, 3, 8, 8))
+
+
+def defended_by(split: SplitClassifier, seed: int = 0, sigma: float = 0.1, draws: int = 1) -> DefendedClassifier:
+    scores = torch.rand(split.num_classes, split.num_neurons, generator=torch.Generator().manual_seed(seed))
+    importance = importance_of(split, scores.tolist())
+    return DefendedClassifier(split, importance, top_k=2, sigma=sigma, num_noise_samples=draws, temperature=0.5)
+
+
+def inputs(batch: int, sigma: float, draws: int) -> tuple[NDArray[np.uint8], torch.Tensor | None]:
+    pixels = np.random.default_rng().integers(0, 256, (batch, 8, 8, 3), np.uint8)
+    return pixels, torch.randn(batch, draws, 3, 8, 8) if sigma else None
+
+
+def assert_rows_of(rows: NDArray[np.float32], defended: DefendedClassifier, pixels: NDArray[np.uint8], noise) -> None:
+    images = to_images(torch.from_numpy(pixels))
+    expected = defended.predict(images, None if noise is None else noise.transpose(0, 1))
+    close = {"atol": 1e-5, "rtol": 1e-4}
+    rows = torch.from_numpy(rows)
+    torch.testing.assert_close(rows[:, 0], expected.logits.softmax(1), **close)
+    torch.testing.assert_close(rows[:, 1], expected.undefended_logits.softmax(1), **close)
+    torch.testing.assert_close(rows[:, 2], expected.class_weights, **close)
+    torch.testing.assert_close(rows[:, 3], expected.logits, **close)
+    torch.testing.assert_close(rows[:, 4], expected.undefended_logits, **close)
+
+
+def passes_of(engine: EngineSplit, defended: DefendedClassifier, sizes=(1, 3, 8)):
+    if engine.compiler == "none":
+        return PyTorchPasses(defended, CLOCK)
+    chain = openvino_chain(engine, defended, *inputs(2, defended.sigma, defended.num_noise_samples), 2, list(sizes))
+    return OpenVinoPasses(defended, chain, CLOCK)
+
+
+@pytest.mark.parametrize(("sigma", "draws"), [(0, 1), (0, 3), (0.1, 1), (0.1, 3)])
+@pytest.mark.parametrize(
+    ("layer", "compiler", "sizes"),
+    [
+        ("conv2", "none", ()),
+        ("linear:input", "none", ()),
+        *[
+            pytest.param(layer, "openvino", sizes, marks=needs_openvino)
+            for layer in ("layer4", "linear:input")  # activations [B, N, 1, 1] and [B, N]
+            for sizes in ((), (1, 3, 8))
+        ],
+    ],
+)
+def test_the_rows_are_those_of_the_defended_classifier(layer, compiler, sizes, sigma, draws):
+    split, engine = engine_at(layer, compiler)
+    exact, passes = defended_by(split, 0, sigma, draws), passes_of(engine, defended_by(engine, 0, sigma, draws), sizes)
+    earlier = []
+    for batch in (1, 2, 7, 3, 7, 1, 32):  # padded or not, fixed or not: no batch leaves a trace in another
+        given = inputs(batch, sigma, draws)
+        rows = passes(*given)
+        assert_rows_of(rows, exact, *given)
+        earlier.append((rows, rows.copy()))
+    assert all(np.array_equal(rows, copy) for rows, copy in earlier)
+
+
+@needs_openvino
+def test_importances_share_executables_and_keep_their_own_masks():
+    split, engine = engine_at("linear:input", "openvino")
+    defenses = {seed: defended_by(engine, seed) for seed in (1, 2)}
+    chain = openvino_chain(engine, defenses[1], *inputs(2, 0.1, 1), 2, [1, 4])
+    for seed in (1, 2, 1):
+        passes = OpenVinoPasses(defenses[seed], chain, CLOCK)
+        for batch in (3, 6):
+            given = inputs(batch, 0.1, 1)
+            assert_rows_of(passes(*given), defended_by(split, seed), *given)
+
+
+@needs_openvino
+def test_a_padded_batch_takes_an_executable_of_a_fixed_size():
+    _, engine = engine_at("linear:input", "openvino")
+    chain, used = passes_of(engine, defended_by(engine), (1, 4, 100))._chain, []
+    for size, fixed in list(chain._fixed.items()):
+        chain._fixed[size] = lambda *given, size=size, fixed=fixed: used.append(size) or fixed(*given)
+    for batch in (1, 3, 4, 5, 99, 100, 101):
+        pixels, noise = inputs(batch, 0.1, 1)
+        masks = np.ones((engine.num_classes, engine.num_neurons), np.float32)
+        assert len(chain((pixels, noise.numpy()), masks)[0]) == batch
+    assert used == [1, 4, 4, 100]
+
+
+def test_both_stages_are_timed():
+    for compiler in ["none", *["openvino"] * (importlib.util.find_spec("openvino") is not None)]:
+        _, engine = engine_at("linear:input", compiler)
+        passes = passes_of(engine, defended_by(engine))
+        CLOCK.read()
+        passes(*inputs(3, 0.1, 1))
+        assert all(0 < seconds < 10 for seconds in CLOCK.read().values())
+
+
+def test_agreement_is_the_share_of_equal_predictions():
+    split = SplitClassifier(PixelNet([[255.0, 0.0], [0.0, 255.0]]))
+    importance = importance_of(split, [[1.0, 0.0], [1.0, 0.0]])
+    all_neurons, first_neuron = (  # the second says class 0, whatever the image
+        PyTorchPasses(DefendedClassifier(split, importance, top_k=k, sigma=0), CLOCK) for k in (2, 1)
+    )
+    pixels = np.array([[2, 1], [1, 2], [3, 1], [5, 4]], np.uint8).reshape(4, 1, 2, 1)
+
+    assert agreement(all_neurons, all_neurons, pixels, None) == 1
+    assert agreement(all_neurons, first_neuron, pixels, None, batch_size=3) == 0.75
