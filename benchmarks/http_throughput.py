@@ -7,6 +7,7 @@ this process while the server is idle, before and after each of these runs; a ra
 """
 
 import argparse
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,14 @@ def main() -> None:
     """Measure both models."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=6, help="of each run")
+    parser.add_argument("--compile", help="in place of the engine that is served; has results of its own")
     arguments = parser.parse_args()
-    rows = [row for name, model in models().items() for row in _measure(name, model, arguments.seconds)]
-    write_results("http_throughput", rows)
+    engine = {"compile": arguments.compile} if arguments.compile else {}
+    rows = [row for name, model in models().items() for row in _measure(name, model, arguments.seconds, engine)]
+    results = "http_throughput" + (f"_{arguments.compile}" if arguments.compile else "")
+    write_results(results, rows)
     plot_lines(
-        "http_throughput",
+        results,
         {name: _series(rows, name) for name in models()},
         xlabel="connections",
         ylabel="/classify / bare loop",
@@ -42,17 +46,19 @@ def _series(rows: list[dict[str, Any]], model: str) -> list[tuple[float, float]]
     return [(row["connections"], row["/classify / bare loop"]) for row in rows if row["model"] == model]
 
 
-def _measure(name: str, model: Path, seconds: float) -> list[dict[str, Any]]:
-    bare, files = BareLoop(model), sample_files(model)
-    with igd_server(model, **settings_of(model)) as server:
+def _measure(name: str, model: Path, seconds: float, engine: dict[str, str]) -> list[dict[str, Any]]:
+    settings = settings_of(model) | engine
+    bare, files = BareLoop(model, settings), sample_files(model)
+    with igd_server(model, **settings) as server:
         saturate(server.url, 32, seconds / 2, bodies=files)
         return [_row(name, server, bare, files, connections, seconds) for connections in CONNECTIONS]
 
 
 def _row(name: str, server: Server, bare: "BareLoop", files: Path, connections: int, seconds: float) -> dict[str, Any]:
     before = bare.images_per_s(seconds / 3)
-    counted = server.metrics()
+    counted, cpu_s = server.metrics(), server.cpu_s()
     found = saturate(server.url, connections, seconds, bodies=files)
+    cpu_s = server.cpu_s() - cpu_s + found.client_cpu_s
     batches = {key: server.metrics()[key] - counted[key] for key in ("igd_batch_size_sum", "igd_batch_size_count")}
     after = bare.images_per_s(seconds / 3)
     row = {
@@ -66,6 +72,7 @@ def _row(name: str, server: Server, bare: "BareLoop", files: Path, connections: 
         "mean batch": batches["igd_batch_size_sum"] / max(1, batches["igd_batch_size_count"]),
         "errors": found.errors,
         "client CPU us/request": 1e6 * found.client_cpu_s / (found.requests_per_s * seconds),
+        "cores busy": cpu_s / (seconds * len(os.sched_getaffinity(0))),
     }
     print(row, flush=True)
     return row
@@ -74,8 +81,7 @@ def _row(name: str, server: Server, bare: "BareLoop", files: Path, connections: 
 class BareLoop:
     """The same engine with nothing around it: pixels in, probabilities out, one batch after the other."""
 
-    def __init__(self, model: Path) -> None:
-        settings = settings_of(model)
+    def __init__(self, model: Path, settings: dict[str, str]) -> None:
         precision, compiler = settings.get("dtype", "auto"), settings.get("compile", "auto")
         self._predictor, self._defense = predictor_of(model, precision, compiler)
         channels, height, width = self._predictor.config.input.shape

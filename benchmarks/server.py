@@ -31,6 +31,11 @@ class Server:
         self.address = line.split("listens on ")[1].split(",")[0]
         self.url = f"{self.address}/classify"
 
+    def cpu_s(self) -> float:
+        """Processor time that it has had, of all threads and cores."""
+        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     def call(
         self, path: str, body: bytes | None = None, headers: dict[str, str] | None = None, method: str = "POST"
     ) -> Any:

@@ -52,10 +52,7 @@ class OpenVinoChain:
 
         def of_size(size: int) -> tuple["openvino.InferRequest", "openvino.InferRequest"]:
             first = executable(front_model, [[size, *shape] for shape in shapes], dtype, threads)
-            crossing = [
-                [-1, *v.shape[1:]] if size < 0 else list(o.shape)
-                for o, v in zip(first.model_outputs, between, strict=True)
-            ]
+            crossing = [value.partial_shape for value in first.model_outputs]
             return first, executable(back_model, [*crossing, constant.shape], torch.float32, 1)
 
         with openvino_error(dtype):
