@@ -26,7 +26,7 @@ from service.compilers import EngineError
 from service.openvino_chain import OpenVinoChain
 from service.openvino_part import fixed_sizes
 from service.passes import to_images
-from service.predictor import DEFAULT_THREADS, Pixels, Predictor, ServedDefense
+from service.predictor import DEFAULT_THREADS, Pixels, Predictor, ServedDefense, joined
 
 BATCHES = (1, 8, 64)
 BLOCK_S = 0.1
@@ -113,17 +113,17 @@ class Undefended:
     """What the service would do without a defense: one pass on the same engine, and as little around it."""
 
     def __init__(self, predictor: Predictor, defense: ServedDefense) -> None:
-        self._predictor, self._engine, self._chain = predictor, defense.engine, None
+        self._engine, self._chain = defense.engine, None
         if defense.compiler == "openvino":
             front, back = Trunk(self._engine.folded_trunk).eval(), Probabilities(self._engine.folded_tail).eval()
-            blank, nothing = torch.from_numpy(np.stack(_pixels(predictor, 2))), torch.zeros(1)
+            blank, nothing = torch.from_numpy(joined(_pixels(predictor, 2))), torch.zeros(1)
             threads, sizes = DEFAULT_THREADS, fixed_sizes(max(BATCHES))
             self._chain = OpenVinoChain(front, back, self._engine.dtype, [blank], nothing, threads, sizes)
             self._nothing = nothing.numpy()
 
     @torch.inference_mode()
     def __call__(self, pixels: list[Pixels]) -> object:
-        batch = np.frombuffer(bytearray().join(p.data for p in pixels), np.uint8).reshape(-1, *pixels[0].shape)
+        batch = joined(pixels)
         if self._chain:
             return self._chain((batch,), self._nothing)[0]
         return self._engine.tail(*self._engine.cut(to_images(torch.from_numpy(batch)))).softmax(1).numpy()
@@ -172,7 +172,7 @@ class LiteralDefense:
             torch.set_num_threads(engines_threads)
 
     def _both_passes(self, pixels: list[Pixels]) -> object:
-        images = to_images(torch.from_numpy(np.stack(pixels)))
+        images = to_images(torch.from_numpy(joined(pixels)))
         noisy = images + self._settings.sigma * torch.randn_like(images)
         weights = (self._split(noisy) / self._settings.temperature).softmax(1)
         masks = torch.zeros(len(images), self._masks.shape[1])

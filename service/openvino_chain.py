@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from service.compilers import openvino_error
-from service.openvino_part import FIXED_SIZES, bytes_of, executable, fits_fixed_sizes, padded_size, traced
+from service.openvino_part import bytes_of, executable, fill, fits_fixed_sizes, fixed_size, traced
 
 if TYPE_CHECKING:
     import openvino
@@ -65,10 +65,8 @@ class OpenVinoChain:
 
     def __call__(self, inputs: Sequence[Array], constant: Array) -> tuple[Array, tuple[float, float]]:
         """The back's value, float32, and the seconds that front and back took."""
-        count = len(inputs[0])
-        size = padded_size(count, list(self._fixed))
-        # The largest size is for itself: to pad a batch of half its size would take longer than any kernel's set up.
-        if size in self._fixed and (size == count or size <= FIXED_SIZES[-1]):
+        size = fixed_size(len(inputs[0]), list(self._fixed))
+        if size is not None:
             return self._fixed[size](inputs, constant)
         times = [perf_counter()]
         values = self._front.infer(list(inputs), share_inputs=True)
@@ -104,9 +102,7 @@ class _Fixed:
     def __call__(self, inputs: Sequence[Array], constant: Array) -> tuple[Array, tuple[float, float]]:
         times = [perf_counter()]
         count = len(inputs[0])
-        for memory, array in zip(self._inputs, inputs, strict=True):
-            given = bytes_of(array)
-            memory[: len(given)] = given  # what the last batch left behind it is as good as any padding
+        fill(self._inputs, inputs)
         if constant is not self._constant:
             self._constant_bytes[:], self._constant = bytes_of(constant), constant
         # Python's lock is free while it computes: the event loop answers meanwhile.

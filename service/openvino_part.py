@@ -57,6 +57,15 @@ def executable(
     return openvino.Core().compile_model(sized, "CPU", options).create_infer_request()
 
 
+def fixed_size(count: int, sizes: Sequence[int]) -> int | None:
+    """Which of these sizes a batch is padded to, if any.
+
+    The largest is for itself: to pad a batch of half its size would take longer than any kernel's set up.
+    """
+    size = padded_size(count, sizes)
+    return size if size in sizes and (size == count or size <= FIXED_SIZES[-1]) else None
+
+
 class OpenVinoPart:
     """The values of ``part``, as a tuple of float32 tensors.
 
@@ -83,10 +92,8 @@ class OpenVinoPart:
         self._fixed = {size: _Fixed(of_size(size), size, shapes) for size in sizes if small}
 
     def __call__(self, *values: Tensor) -> tuple[Tensor, ...]:
-        count = len(values[0])
-        size = padded_size(count, list(self._fixed))
-        # The largest size is for itself: to pad a batch of half its size would take longer than any kernel's set up.
-        if size in self._fixed and (size == count or size <= FIXED_SIZES[-1]):
+        size = fixed_size(len(values[0]), list(self._fixed))
+        if size is not None:
             return self._fixed[size](values)
         arrays = [value.contiguous().numpy() for value in values]
         outputs = self._any_size.infer(arrays, share_inputs=True)
@@ -112,13 +119,18 @@ class _Fixed:
 
     def __call__(self, values: Sequence[Tensor]) -> tuple[Tensor, ...]:
         count = len(values[0])
-        for memory, value in zip(self._inputs, values, strict=True):
-            given = bytes_of((value if value.is_contiguous() else value.contiguous()).numpy())
-            memory[: len(given)] = given  # what the last batch left behind it is as good as any padding
+        fill(self._inputs, [(value if value.is_contiguous() else value.contiguous()).numpy() for value in values])
         # Python's lock is free while it computes: the event loop answers meanwhile.
         self._request.infer(share_outputs=True)
         copies = [(bytearray(memory[: count * each]), shape) for memory, shape, each in self._outputs]
         return tuple(torch.from_numpy(np.frombuffer(c, np.float32).reshape(count, *shape)) for c, shape in copies)
+
+
+def fill(memories: Sequence[memoryview], arrays: Sequence[NDArray[Any]]) -> None:
+    """Copy a batch to where an executable reads it; what the last one left behind it is as good as any padding."""
+    for memory, array in zip(memories, arrays, strict=True):
+        given = bytes_of(array)
+        memory[: len(given)] = given
 
 
 def bytes_of(array: NDArray[Any]) -> memoryview:

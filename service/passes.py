@@ -32,7 +32,7 @@ class PyTorchPasses:
     def __call__(self, pixels: NDArray[np.uint8], noise: Tensor | None) -> NDArray[np.float32]:
         """The rows."""
         with self._clock.stage("trunk"):
-            copies = _with_noisy_copies(self._defended, to_device(pixels, self._defended.masks.device), noise)
+            copies = _with_noisy_copies(self._defended, _to_device(pixels, self._defended.masks.device), noise)
             values = self._defended.split.cut(copies)
         with self._clock.stage("tail"):
             rows = _rows(self._defended, values)
@@ -108,7 +108,7 @@ class _Back(nn.Module):
         return _rows(self._defended[0], tuple(crossing), masks)
 
 
-def to_device(pixels: NDArray[np.uint8], device: torch.device) -> Tensor:
+def _to_device(pixels: NDArray[np.uint8], device: torch.device) -> Tensor:
     """The pixels as a tensor there."""
     tensor = torch.from_numpy(pixels)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

@@ -205,7 +205,7 @@ class Predictor:
     def inputs(self, defense: ServedDefense, pixels: Sequence[Pixels]) -> Inputs:
         """Pixels and noise of a batch; short, but it needs Python's lock."""
         began_s = time.perf_counter()
-        batch = _joined(self._padded(pixels) if defense.compiler == "inductor" else pixels)
+        batch = joined(self._padded(pixels) if defense.compiler == "inductor" else pixels)
         return Inputs(batch, self._noise(batch.shape), len(pixels), began_s)
 
     def both_passes(self, defense: ServedDefense, inputs: Inputs) -> NDArray[np.float32]:
@@ -305,11 +305,11 @@ class Predictor:
         return agreement(fast, exact, self._probe, noise, self._sizes[-1])
 
 
-def _joined(pixels: Sequence[Pixels]) -> Pixels:
+def joined(pixels: Sequence[Pixels]) -> Pixels:
     """B arrays [H, W, channels] as one."""
     # Not numpy.stack, which lets go of Python's lock and then waits for it behind the event loop.
-    joined = np.frombuffer(bytearray().join(p.data for p in pixels), np.uint8)
-    return joined.reshape(len(pixels), *pixels[0].shape)
+    values = np.frombuffer(bytearray().join(p.data for p in pixels), np.uint8)
+    return values.reshape(len(pixels), *pixels[0].shape)
 
 
 def _powers_of_two(largest: int) -> list[int]:
