@@ -233,7 +233,7 @@ class Batcher(Generic[Group, Item, Result]):
             return
         try:
             outcomes = turn.result()
-            batch = self._taken.popleft()
+            batch = self._taken[0]  # it stays there until it is answered, for where this fails
             for w, outcome in zip(batch, outcomes, strict=True):
                 if w.answer.done():
                     continue
@@ -241,6 +241,7 @@ class Batcher(Generic[Group, Item, Result]):
                     w.answer.set_exception(outcome)
                 else:
                     w.answer.set_result(outcome)
+            self._taken.popleft()
             self._recent_items = 0.9 * self._recent_items + len(batch)
             self._recent_s = 0.9 * self._recent_s + loop.time() - self._began_s
             self._began_s = loop.time()
@@ -284,9 +285,9 @@ class Batcher(Generic[Group, Item, Result]):
         if goes_on and next_is_at_once:
             self._give_device_a_turn(loop, hand_out)
             return
+        hand_out()  # before the next turn is given: it may be over at once, and batches are settled in their order
         if goes_on:
             self._give_device_a_turn(loop)
-        hand_out()
 
     def _turn(self, hand_out: HandOut = _nothing) -> Sequence[Result | Exception]:
         """Take a batch and run it.

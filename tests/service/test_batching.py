@@ -3,7 +3,7 @@
 import asyncio
 import random
 import threading
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Executor, Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
 import pytest
@@ -166,6 +166,25 @@ def test_what_is_left_of_a_failed_request_is_not_run():
                 await batcher.submit("a", [POISON, 1, 2, 3])
             assert await batcher.submit("a", [4]) == [answer_of("a", 4)]
         assert device.seen[-1] == 4 and 3 not in device.seen
+
+    asyncio.run(scenario())
+
+
+class AtOnce(Executor):
+    """What is submitted is over before ``submit`` returns, as it may be on a thread."""
+
+    def submit(self, call, /, *args, **kwargs):
+        done = Future()
+        done.set_result(call(*args, **kwargs))
+        return done
+
+
+def test_batches_that_are_over_at_once_are_settled_in_their_order():
+    async def scenario():
+        batcher = Batcher(Device(), AtOnce(), max_batch_size=2, max_queue=10)
+        batcher.start()
+        async with asyncio.timeout(5):
+            assert await batcher.submit("a", range(5)) == [answer_of("a", i) for i in range(5)]
 
     asyncio.run(scenario())
 
