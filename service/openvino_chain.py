@@ -1,7 +1,10 @@
 """Both parts of a network by OpenVINO, one after the other: what lies between them stays in OpenVINO's memory."""
 
+import copy
+from collections import deque
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
+from math import ceil
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -11,18 +14,25 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from service.compilers import openvino_error
+from service.matrix_convolution import with_matrix_products
 from service.openvino_part import bytes_of, executable, fill, fits_fixed_sizes, fixed_size, traced
 
 if TYPE_CHECKING:
     import openvino
 
+    _Requests = tuple[openvino.InferRequest, openvino.InferRequest]  # to the front, and to the back
+
 Array = NDArray[Any]
+
+MAX_STREAMS = 4  # where there are more threads than that, streams have several
+MIN_BATCH_ROWS, MAX_PART_ROWS = 16, 16  # of the front, in a batch that is divided, and in a part of it
 
 
 class OpenVinoChain:
     """``back(*front(*inputs), constant)``, for batches of any size.
 
-    Sizes that are common have executables of their own where the front is small, as in ``OpenVinoPart``.
+    Sizes that are common have executables of their own where the front is small, as in ``OpenVinoPart``. Where it is
+    large, larger batches are computed in parts (see ``_Parts``).
 
     Args:
         front: in eval mode; of all inputs the first dimension is the batch, of its values it is a multiple of that.
@@ -50,30 +60,95 @@ class OpenVinoChain:
         shapes = [list(e.shape[1:]) for e in examples]
         types = [e.numpy().dtype for e in examples]
 
-        def of_size(size: int) -> tuple["openvino.InferRequest", "openvino.InferRequest"]:
-            first = executable(front_model, [[size, *shape] for shape in shapes], dtype, threads)
-            crossing = [value.partial_shape for value in first.model_outputs]
-            return first, executable(back_model, [*crossing, constant.shape], torch.float32, 1)
+        def requests(model: "openvino.Model", size: int, streams: int = 1, number: int = 1) -> "list[_Requests]":
+            first = executable(model, [[size, *shape] for shape in shapes], dtype, threads, streams)
+            crossing = [value.partial_shape for value in first.outputs]
+            second = executable(back_model, [*crossing, constant.shape], torch.float32, 1)
+            return [(first.create_infer_request(), second.create_infer_request()) for _ in range(number)]
 
+        small, streams, rows = fits_fixed_sizes(front, dtype, sizes), min(threads, MAX_STREAMS), len(between[0]) // 2
         with openvino_error(dtype):
             front_model, back_model = traced(front, examples), traced(back, [*between, constant])
-            self._front, self._back = of_size(-1)
+            self._any_size = requests(front_model, -1)[0]
             self._fixed: dict[int, _Fixed] = {}
-            for size in sizes if fits_fixed_sizes(front, dtype, sizes) else ():
+            for size in sizes if small else ():
                 memory = [np.zeros((size, *shape), t) for shape, t in zip(shapes, types, strict=True)]
-                self._fixed[size] = _Fixed(*of_size(size), memory, np.zeros(constant.shape, np.float32))
+                constant_memory = np.zeros(constant.shape, np.float32)
+                self._fixed[size] = _Fixed(*requests(front_model, size)[0], memory, constant_memory)
+            self._parts, self._min_divided = None, max(streams, MIN_BATCH_ROWS // rows)
+            if not small:
+                divided = traced(with_matrix_products(copy.deepcopy(front), examples), examples)
+                pairs = requests(divided, -1, streams, 2 * streams)
+                self._parts = _Parts(pairs, streams, max(1, MAX_PART_ROWS // rows))
 
     def __call__(self, inputs: Sequence[Array], constant: Array) -> tuple[Array, tuple[float, float]]:
         """The back's value, float32, and the seconds that front and back took."""
         size = fixed_size(len(inputs[0]), list(self._fixed))
         if size is not None:
             return self._fixed[size](inputs, constant)
+        if self._parts and len(inputs[0]) >= self._min_divided:
+            return self._parts(inputs, constant)
+        front, back = self._any_size
         times = [perf_counter()]
-        values = self._front.infer(list(inputs), share_inputs=True)
+        front.infer(list(inputs), share_inputs=True, share_outputs=True)
         times.append(perf_counter())
-        value = self._back.infer([*(values[i] for i in range(len(values))), constant], share_inputs=True)[0]
+        value = _back_value(front, back, constant)
         times.append(perf_counter())
         return value, _differences(times)
+
+
+def _back_value(front: "openvino.InferRequest", back: "openvino.InferRequest", constant: Array) -> Array:
+    values = [front.get_output_tensor(i).data for i in range(len(front.model_outputs))]
+    value: Array = back.infer([*values, constant], share_inputs=True)[0]
+    return value
+
+
+class _Parts:
+    """In parts, by streams that take the next one as soon as they are done with one.
+
+    Threads that share a batch wait for each other after every layer: two of them take 1.1 times as long as two streams,
+    and more where the event loop keeps one from its processor. To small networks, of which a batch takes a few
+    milliseconds, that is less than what more calls cost, each of which gives Python's lock away.
+
+    Args:
+        requests: for any size; two for each stream, which then has one more than it has in hand. largest: part.
+    """
+
+    def __init__(self, requests: "list[_Requests]", streams: int, largest: int) -> None:
+        self._requests, self._streams, self._largest = requests, streams, largest
+
+    def __call__(self, inputs: Sequence[Array], constant: Array) -> tuple[Array, tuple[float, float]]:
+        began_s, back_s = perf_counter(), 0.0
+        values: list[Array] = []
+        under_way: deque[_Requests] = deque()
+
+        def finish_oldest() -> None:
+            nonlocal back_s
+            under_way[0][0].wait()
+            front, back = under_way.popleft()
+            front_done_s = perf_counter()
+            values.append(_back_value(front, back, constant))
+            back_s += perf_counter() - front_done_s
+
+        ends = accumulate(part_sizes(len(inputs[0]), self._streams, self._largest), initial=0)
+        try:
+            for i, (begin, end) in enumerate(pairwise(ends)):
+                if len(under_way) == len(self._requests):
+                    finish_oldest()
+                under_way.append(self._requests[i % len(self._requests)])
+                under_way[-1][0].start_async([array[begin:end] for array in inputs], share_inputs=True)
+            while under_way:
+                finish_oldest()
+        finally:
+            for front, _ in under_way:  # where one failed, the others may still be at work
+                front.wait()
+        return np.concatenate(values), (perf_counter() - began_s - back_s, back_s)
+
+
+def part_sizes(count: int, streams: int, largest: int) -> list[int]:
+    """The sizes of the parts of a batch: as many for each stream, and as equal as can be."""
+    number = min(count, streams * ceil(count / (streams * largest)))
+    return [count // number + (i < count % number) for i in range(number)]
 
 
 class _Fixed:

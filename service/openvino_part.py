@@ -41,20 +41,25 @@ def fits_fixed_sizes(part: nn.Module, dtype: torch.dtype, sizes: Sequence[int]) 
 
 
 def executable(
-    model: "openvino.Model", shapes: "Sequence[Sequence[int] | openvino.PartialShape]", dtype: torch.dtype, threads: int
-) -> "openvino.InferRequest":
-    """The model for inputs of these shapes; -1 is any."""
+    model: "openvino.Model",
+    shapes: "Sequence[Sequence[int] | openvino.PartialShape]",
+    dtype: torch.dtype,
+    threads: int,
+    streams: int = 1,
+) -> "openvino.CompiledModel":
+    """The model for inputs of these shapes; -1 is any. So many requests at a time are computed beside each other."""
     import openvino
 
     options = {
-        "PERFORMANCE_HINT": "LATENCY",
+        "PERFORMANCE_HINT": "LATENCY" if streams == 1 else "THROUGHPUT",
+        "NUM_STREAMS": streams,
         "INFERENCE_NUM_THREADS": threads,
         "INFERENCE_PRECISION_HINT": TYPES[dtype],
         "ENABLE_CPU_PINNING": False,  # the event loop and the decoders share these cores
     }
     sized = model.clone()
     sized.reshape({i: openvino.PartialShape(list(shape)) for i, shape in enumerate(shapes)})
-    return openvino.Core().compile_model(sized, "CPU", options).create_infer_request()
+    return openvino.Core().compile_model(sized, "CPU", options)
 
 
 def fixed_size(count: int, sizes: Sequence[int]) -> int | None:
@@ -85,7 +90,7 @@ class OpenVinoPart:
         shapes = [value.shape[1:] for value in examples]
 
         def of_size(size: int) -> "openvino.InferRequest":
-            return executable(model, [[size, *shape] for shape in shapes], dtype, threads)
+            return executable(model, [[size, *shape] for shape in shapes], dtype, threads).create_infer_request()
 
         self._any_size = of_size(-1)
         small = fits_fixed_sizes(part, dtype, sizes)

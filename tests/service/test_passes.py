@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from defense import DefendedClassifier, SplitClassifier
 from defense.resnet import CifarResNet
+from service import openvino_chain as openvino_chain_module
 from service.compilers import Compiler
 from service.engine import EngineSplit, StageClock
 from service.passes import OpenVinoPasses, PyTorchPasses, agreement, openvino_chain, to_images
@@ -16,6 +17,7 @@ from toy_models import PixelNet, importance_of, small_conv_net
 
 needs_openvino = pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="openvino is not installed")
 CLOCK = StageClock(torch.device("cpu"))
+LARGE = (1,)  # sizes that a network has no executables of its own for, because it counts as large
 
 
 def engine_at(layer: str, compiler: Compiler) -> tuple[SplitClassifier, EngineSplit]:
@@ -47,31 +49,35 @@ def assert_rows_of(rows: NDArray[np.float32], defended: DefendedClassifier, pixe
     torch.testing.assert_close(rows[:, 4], expected.undefended_logits, **close)
 
 
-def passes_of(engine: EngineSplit, defended: DefendedClassifier, sizes=(1, 3, 8)):
+def passes_of(engine: EngineSplit, defended: DefendedClassifier, sizes=(1, 3, 8), threads=2):
     if engine.compiler == "none":
         return PyTorchPasses(defended, CLOCK)
-    chain = openvino_chain(engine, defended, *inputs(2, defended.sigma, defended.num_noise_samples), 2, list(sizes))
-    return OpenVinoPasses(defended, chain, CLOCK)
+    examples = inputs(2, defended.sigma, defended.num_noise_samples)
+    return OpenVinoPasses(defended, openvino_chain(engine, defended, *examples, threads, list(sizes)), CLOCK)
 
 
 @pytest.mark.parametrize(("sigma", "draws"), [(0, 1), (0, 3), (0.1, 1), (0.1, 3)])
 @pytest.mark.parametrize(
-    ("layer", "compiler", "sizes"),
+    ("layer", "compiler", "sizes", "threads"),
     [
-        ("conv2", "none", ()),
-        ("linear:input", "none", ()),
+        ("conv2", "none", (), 2),
+        ("linear:input", "none", (), 2),
         *[
-            pytest.param(layer, "openvino", sizes, marks=needs_openvino)
+            pytest.param(layer, "openvino", sizes, threads, marks=needs_openvino)
             for layer in ("layer4", "linear:input")  # activations [B, N, 1, 1] and [B, N]
-            for sizes in ((), (1, 3, 8))
+            for sizes, threads in (((1, 3, 8), 2), (LARGE, 1), (LARGE, 2), (LARGE, 3))
         ],
     ],
 )
-def test_the_rows_are_those_of_the_defended_classifier(layer, compiler, sizes, sigma, draws):
+def test_the_rows_are_those_of_the_defended_classifier(layer, compiler, sizes, threads, sigma, draws, monkeypatch):
+    if sizes is LARGE:
+        monkeypatch.setattr("service.openvino_part.FIXED_WEIGHTS_BYTES", 0)
     split, engine = engine_at(layer, compiler)
-    exact, passes = defended_by(split, 0, sigma, draws), passes_of(engine, defended_by(engine, 0, sigma, draws), sizes)
+    exact = defended_by(split, 0, sigma, draws)
+    passes = passes_of(engine, defended_by(engine, 0, sigma, draws), sizes, threads)
     earlier = []
-    for batch in (1, 2, 7, 3, 7, 1, 32):  # padded or not, fixed or not: no batch leaves a trace in another
+    # Padded or not, fixed or not, whole or in parts, more of them than there are requests: without a trace in another.
+    for batch in (1, 2, 7, 3, 7, 1, 32, 19, 150):
         given = inputs(batch, sigma, draws)
         rows = passes(*given)
         assert_rows_of(rows, exact, *given)
@@ -102,6 +108,37 @@ def test_a_padded_batch_takes_an_executable_of_a_fixed_size():
         masks = np.ones((engine.num_classes, engine.num_neurons), np.float32)
         assert len(chain((pixels, noise.numpy()), masks)[0]) == batch
     assert used == [1, 4, 4, 100]
+
+
+@needs_openvino
+def test_a_batch_whose_part_fails_leaves_no_trace_in_the_next(monkeypatch):
+    monkeypatch.setattr("service.openvino_part.FIXED_WEIGHTS_BYTES", 0)
+    split, engine = engine_at("linear:input", "openvino")
+    passes, value_of = passes_of(engine, defended_by(engine), LARGE), openvino_chain_module._back_value
+    for failing in (0, 1, 3):
+        outcomes = iter([value_of] * failing + [lambda *given: 1 / 0])
+        with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+            patch.setattr(openvino_chain_module, "_back_value", lambda *given, left=outcomes: next(left)(*given))
+            passes(*inputs(64, 0.1, 1))
+        given = inputs(64, 0.1, 1)
+        assert_rows_of(passes(*given), defended_by(split), *given)
+
+
+@needs_openvino
+@pytest.mark.parametrize(
+    ("count", "streams", "largest", "sizes"),
+    [
+        (16, 1, 16, [16]),
+        (17, 1, 16, [9, 8]),
+        (2, 2, 16, [1, 1]),
+        (31, 2, 16, [16, 15]),
+        (33, 2, 16, [9, 8, 8, 8]),
+        (64, 2, 16, [16] * 4),
+        (9, 4, 1, [1] * 9),
+    ],
+)
+def test_parts_are_equal_and_as_many_for_each_stream(count, streams, largest, sizes):
+    assert openvino_chain_module.part_sizes(count, streams, largest) == sizes
 
 
 def test_both_stages_are_timed():
