@@ -68,7 +68,10 @@ class OpenVinoChain:
 
         small, streams, rows = fits_fixed_sizes(front, dtype, sizes), min(threads, MAX_STREAMS), len(between[0]) // 2
         with openvino_error(dtype):
-            front_model, back_model = traced(front, examples), traced(back, [*between, constant])
+            back_model = traced(back, [*between, constant])
+            # A lone row has no other to share its weights with.
+            self._lone_row = requests(traced(front, examples), 1)[0] if rows == 1 and not small else None
+            front_model = traced(with_matrix_products(copy.deepcopy(front), examples), examples)
             self._any_size = requests(front_model, -1)[0]
             self._fixed: dict[int, _Fixed] = {}
             for size in sizes if small else ():
@@ -77,8 +80,7 @@ class OpenVinoChain:
                 self._fixed[size] = _Fixed(*requests(front_model, size)[0], memory, constant_memory)
             self._parts, self._min_divided = None, max(streams, MIN_BATCH_ROWS // rows)
             if not small:
-                divided = traced(with_matrix_products(copy.deepcopy(front), examples), examples)
-                pairs = requests(divided, -1, streams, 2 * streams)
+                pairs = requests(front_model, -1, streams, 2 * streams)
                 self._parts = _Parts(pairs, streams, max(1, MAX_PART_ROWS // rows))
 
     def __call__(self, inputs: Sequence[Array], constant: Array) -> tuple[Array, tuple[float, float]]:
@@ -88,7 +90,7 @@ class OpenVinoChain:
             return self._fixed[size](inputs, constant)
         if self._parts and len(inputs[0]) >= self._min_divided:
             return self._parts(inputs, constant)
-        front, back = self._any_size
+        front, back = self._lone_row if self._lone_row and len(inputs[0]) == 1 else self._any_size
         times = [perf_counter()]
         front.infer(list(inputs), share_inputs=True, share_outputs=True)
         times.append(perf_counter())
@@ -106,9 +108,9 @@ def _back_value(front: "openvino.InferRequest", back: "openvino.InferRequest", c
 class _Parts:
     """In parts, by streams that take the next one as soon as they are done with one.
 
-    Threads that share a batch wait for each other after every layer: two of them take 1.1 times as long as two streams,
-    and more where the event loop keeps one from its processor. To small networks, of which a batch takes a few
-    milliseconds, that is less than what more calls cost, each of which gives Python's lock away.
+    Threads that share a batch wait for each other after every layer, and longer where the event loop keeps one of them
+    from its processor. To small networks, of which a batch takes a few milliseconds, that is less than what more calls
+    cost, each of which gives Python's lock away.
 
     Args:
         requests: for any size; two for each stream, which then has one more than it has in hand. largest: part.
