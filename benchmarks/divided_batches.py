@@ -12,10 +12,9 @@ from collections.abc import Callable
 from functools import partial
 from unittest.mock import patch
 
-import numpy as np
 from measure import paired_ratio, write_results
 
-from models import choose_dtype_name, models, predictor_of
+from models import choose_dtype_name, models, pixels_of, predictor_of
 from service import openvino_chain
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
@@ -55,8 +54,7 @@ def main() -> None:
 def _engine() -> Callable[[int], object]:
     directory = next(iter(models().values()))
     predictor, defense = predictor_of(directory, choose_dtype_name(), "openvino")
-    channels, height, width = predictor.config.input.shape
-    pixels = list(np.random.default_rng(0).integers(0, 256, (max(BATCHES), height, width, channels), np.uint8))
+    pixels = pixels_of(predictor, max(BATCHES))
     return lambda batch: predictor.predict(defense, pixels[:batch])
 
 

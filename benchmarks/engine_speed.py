@@ -14,14 +14,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from measure import paired_ratio, plot_bars, seconds, write_results
 from torch import Tensor
 
 from defense import top_k_masks
 from defense.model_config import DefenseConfig
-from models import models, predictor_of
+from models import models, pixels_of, predictor_of
 from service.compilers import EngineError
 from service.openvino_chain import OpenVinoChain
 from service.openvino_part import fixed_sizes
@@ -61,7 +60,7 @@ def measure_engine(
         return []
     rows = []
     for batch in BATCHES:
-        pixels = _pixels(noisy[0], batch)
+        pixels = pixels_of(noisy[0], batch)
         defended = _call(noisy, pixels)
         undefended = Undefended(*noisy)
         literal = LiteralDefense(noisy[0], noisy[1])
@@ -96,11 +95,6 @@ def _call(served: tuple[Predictor, ServedDefense], pixels: list[Pixels]) -> Call
     return lambda: predictor.predict(defense, pixels)
 
 
-def _pixels(predictor: Predictor, batch: int) -> list[Pixels]:
-    channels, height, width = predictor.config.input.shape
-    return list(np.random.default_rng(0).integers(0, 256, (batch, height, width, channels), np.uint8))
-
-
 def _without_noise(predictor: Predictor, defense: ServedDefense) -> tuple[Predictor, ServedDefense]:
     """The same predictor with sigma = 0."""
     still = copy.copy(predictor)
@@ -116,7 +110,7 @@ class Undefended:
         self._engine, self._chain = defense.engine, None
         if defense.compiler == "openvino":
             front, back = Trunk(self._engine.folded_trunk).eval(), Probabilities(self._engine.folded_tail).eval()
-            blank, nothing = torch.from_numpy(joined(_pixels(predictor, 2))), torch.zeros(1)
+            blank, nothing = torch.from_numpy(joined(pixels_of(predictor, 2))), torch.zeros(1)
             threads, sizes = DEFAULT_THREADS, fixed_sizes(max(BATCHES))
             self._chain = OpenVinoChain(front, back, self._engine.dtype, [blank], nothing, threads, sizes)
             self._nothing = nothing.numpy()

@@ -12,12 +12,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from measure import plot_lines, write_results
 from peers.load import saturate
 from server import Server, igd_server
 
-from models import models, predictor_of, sample_files, settings_of
+from models import models, pixels_of, predictor_of, sample_files, settings_of
 
 CONNECTIONS = (1, 8, 32, 64, 128, 256)
 BATCH = 64
@@ -84,8 +83,7 @@ class BareLoop:
     def __init__(self, model: Path, settings: dict[str, str]) -> None:
         precision, compiler = settings.get("dtype", "auto"), settings.get("compile", "auto")
         self._predictor, self._defense = predictor_of(model, precision, compiler)
-        channels, height, width = self._predictor.config.input.shape
-        self._pixels = list(np.random.default_rng(0).integers(0, 256, (BATCH, height, width, channels), np.uint8))
+        self._pixels = pixels_of(self._predictor, BATCH)
 
     def images_per_s(self, seconds: float) -> float:
         """Measured for about that long."""

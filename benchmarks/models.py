@@ -63,6 +63,12 @@ def predictor_of(model: Path, dtype: str, compiler: str) -> tuple[Predictor, Ser
     return predictor, predictor.prepare("benchmark", importance)
 
 
+def pixels_of(predictor: Predictor, batch: int) -> list[NDArray[np.uint8]]:
+    """So many images of the network's size, at random."""
+    channels, height, width = predictor.config.input.shape
+    return list(np.random.default_rng(0).integers(0, 256, (batch, height, width, channels), np.uint8))
+
+
 def choose_dtype_name() -> str:
     """What ``dtype=auto`` would choose here."""
     return str(choose_dtype("auto", torch.device("cpu"))).removeprefix("torch.")

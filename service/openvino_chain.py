@@ -1,6 +1,5 @@
 """Both parts of a network by OpenVINO, one after the other: what lies between them stays in OpenVINO's memory."""
 
-import copy
 from collections import deque
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
@@ -71,24 +70,21 @@ class OpenVinoChain:
             back_model = traced(back, [*between, constant])
             # A lone row has no other to share its weights with.
             self._lone_row = requests(traced(front, examples), 1)[0] if rows == 1 and not small else None
-            front_model = traced(with_matrix_products(copy.deepcopy(front), examples), examples)
+            front_model = traced(with_matrix_products(front, examples), examples)
             self._any_size = requests(front_model, -1)[0]
             self._fixed: dict[int, _Fixed] = {}
             for size in sizes if small else ():
                 memory = [np.zeros((size, *shape), t) for shape, t in zip(shapes, types, strict=True)]
                 constant_memory = np.zeros(constant.shape, np.float32)
                 self._fixed[size] = _Fixed(*requests(front_model, size)[0], memory, constant_memory)
-            self._parts, self._min_divided = None, max(streams, MIN_BATCH_ROWS // rows)
-            if not small:
-                pairs = requests(front_model, -1, streams, 2 * streams)
-                self._parts = _Parts(pairs, streams, max(1, MAX_PART_ROWS // rows))
+            self._parts = None if small else _Parts(requests(front_model, -1, streams, 2 * streams), streams, rows)
 
     def __call__(self, inputs: Sequence[Array], constant: Array) -> tuple[Array, tuple[float, float]]:
         """The back's value, float32, and the seconds that front and back took."""
         size = fixed_size(len(inputs[0]), list(self._fixed))
         if size is not None:
             return self._fixed[size](inputs, constant)
-        if self._parts and len(inputs[0]) >= self._min_divided:
+        if self._parts and len(inputs[0]) >= self._parts.smallest_batch:
             return self._parts(inputs, constant)
         front, back = self._lone_row if self._lone_row and len(inputs[0]) == 1 else self._any_size
         times = [perf_counter()]
@@ -113,11 +109,13 @@ class _Parts:
     cost, each of which gives Python's lock away.
 
     Args:
-        requests: for any size; two for each stream, which then has one more than it has in hand. largest: part.
+        requests: for any size; two for each stream, which then has one more than it has in hand.
+        rows: of the front for an image.
     """
 
-    def __init__(self, requests: "list[_Requests]", streams: int, largest: int) -> None:
-        self._requests, self._streams, self._largest = requests, streams, largest
+    def __init__(self, requests: "list[_Requests]", streams: int, rows: int) -> None:
+        self._requests, self._streams = requests, streams
+        self.smallest_batch, self._largest_part = max(streams, MIN_BATCH_ROWS // rows), max(1, MAX_PART_ROWS // rows)
 
     def __call__(self, inputs: Sequence[Array], constant: Array) -> tuple[Array, tuple[float, float]]:
         began_s, back_s = perf_counter(), 0.0
@@ -132,7 +130,7 @@ class _Parts:
             values.append(_back_value(front, back, constant))
             back_s += perf_counter() - front_done_s
 
-        ends = accumulate(part_sizes(len(inputs[0]), self._streams, self._largest), initial=0)
+        ends = accumulate(part_sizes(len(inputs[0]), self._streams, self._largest_part), initial=0)
         try:
             for i, (begin, end) in enumerate(pairwise(ends)):
                 if len(under_way) == len(self._requests):

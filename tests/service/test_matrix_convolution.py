@@ -52,6 +52,19 @@ def test_small_maps_with_many_weights_are_replaced_and_nothing_else(monkeypatch)
     assert [n for n, m in replaced.named_modules() if isinstance(m, MatrixConvolution)] == ["1", "6.1"]
     torch.testing.assert_close(replaced(images), expected, atol=1e-5, rtol=1e-5)
     assert replaced(images[:0]).shape == (0, 4, 2, 2)
+    assert not any(isinstance(m, MatrixConvolution) for m in part.modules())
+
+
+def test_a_convolution_of_maps_of_two_sizes_stays(monkeypatch):
+    monkeypatch.setattr(matrix_convolution, "MIN_WEIGHTS", 500)
+    shared = nn.Conv2d(8, 8, 3, padding=1)
+    part = nn.Sequential(shared, nn.MaxPool2d(2), shared, nn.Conv2d(8, 8, 3, padding=1)).eval()
+    images = torch.randn(3, 8, 4, 4)
+
+    replaced = with_matrix_products(part, [images[:2]])
+
+    assert [n for n, m in replaced.named_modules() if isinstance(m, MatrixConvolution)] == ["3"]
+    torch.testing.assert_close(replaced(images), part(images), atol=1e-5, rtol=1e-5)
 
 
 def test_a_resnet_18_s_last_block_is_replaced():
