@@ -195,7 +195,12 @@ def read_json(path: Path) -> Record:
 
 def write_json(path: Path, data: Record) -> None:
     """Replace a file as a whole: whoever reads it sees the old or the new one."""
+    write_bytes(path, (json.dumps(data, separators=(",", ":")) + "\n").encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replace a file as a whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(data, separators=(",", ":")) + "\n", encoding="utf-8")
+    temporary.write_bytes(data)
     temporary.replace(path)

@@ -19,6 +19,7 @@ from defense.shards import rank_and_world
 from evaluation.errors import EvaluationError
 from evaluation.factory import labels_of_factory, targets_of_factory
 from evaluation.manifest import write_manifest
+from evaluation.outcomes import slug, write_bytes
 from evaluation.protocol import num_steps, run_protocol
 from evaluation.settings import RunSettings, curve_epsilons
 from evaluation.targets import (
@@ -73,11 +74,14 @@ class Evaluation:
         self.job, self.settings, self.folder = job, settings, folder
         self.images = _test_images(job)
         self.class_names = self.images.class_names or [str(c) for c in range(int(self.images.labels.max()) + 1)]
-        self.targets, self.checks = _targets(job, self.images)
+        importances = {} if job.factory else _importances(job)
+        self.targets, self.checks = _targets(job, self.images, importances)
         self.curve = _curve(job, settings, self.images)
         self.curve_targets = _curve_targets(self.targets)
         if rank_and_world()[0] == 0:
             write_manifest(folder, self.description(), command)
+            for name, importance in importances.items():
+                write_bytes(folder / "rankings" / f"{slug(name)}.safetensors", importance.to_bytes())
 
     @property
     def num_steps(self) -> int:
@@ -138,13 +142,15 @@ def _how_many(job: Job, dataset: ProbeSet) -> int:
     return job.n if job.n_given else min(job.n, len(dataset))
 
 
-def _targets(job: Job, images: TestImages) -> tuple[list[Target], dict[str, float]]:
+def _targets(
+    job: Job, images: TestImages, importances: Mapping[str, NeuronImportance]
+) -> tuple[list[Target], dict[str, float]]:
     if job.factory:
         return targets_of_factory(job.factory, images.images[:8]), {}
     assert job.model is not None
     settings = read_config(job.model).defense
     split = SplitClassifier(load_classifier(job.model), settings.layer)
-    targets = defense_targets(split, _importances(job), settings, controls=job.controls, random_masks=job.random_masks)
+    targets = defense_targets(split, importances, settings, controls=job.controls, random_masks=job.random_masks)
     return targets, {"two_passes_without_masks": two_passes_without_masks(split, settings, images.images[:32])}
 
 

@@ -1,12 +1,14 @@
 """Evaluation and its report, in this process."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from defense import NeuronImportance
 from defense.digest import model_digest
 from evaluation.attacks import Budget, Effort
 from evaluation.errors import EvaluationError
@@ -42,7 +44,8 @@ def test_an_image_that_falls_with_one_seed_has_fallen(grays, tmp_path):
 
 def test_a_model_directory_is_evaluated_with_its_controls(tmp_path):
     job = Job(model=BUNDLED, data="probe", n=4, curve_images=0)
-    evaluation = Evaluation(job, RunSettings(Budget(0.01), ("apgd-ce",), TINY, redraws=2), tmp_path)
+    settings = RunSettings(Budget(0.01), ("apgd-ce",), TINY, redraws=2)
+    evaluation = Evaluation(job, settings, tmp_path)
     evaluation.run()
     text = evaluation.report()[0].read_text()
     names = ["undefended", "defended", "noise only", "random masks 0", "defended, no noise"]
@@ -50,6 +53,12 @@ def test_a_model_directory_is_evaluated_with_its_controls(tmp_path):
     assert all(f"| {name} |" in text for name in names)
     assert evaluation.checks["two_passes_without_masks"] < 1e-4
     assert "the ranking has seen them" in text
+    kept = NeuronImportance.from_bytes((tmp_path / "rankings" / "defended.safetensors").read_bytes())
+    again = Evaluation(
+        replace(job, importances={"defended": tmp_path / "rankings" / "defended.safetensors"}), settings, tmp_path
+    )
+    assert kept.method == "lo-ir"
+    assert again.targets[1].fingerprint == evaluation.targets[1].fingerprint
 
 
 def test_a_fast_copy_answers_alike_and_leaves_the_model_alone():
