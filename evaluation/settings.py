@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 
-from evaluation.attacks import ATTACKS, Budget, Effort
+from evaluation.attacks import ATTACKS, Budget, Effort, check_attack_names
 from evaluation.errors import EvaluationError
 
 _AUTOATTACK = ("apgd-ce", "apgd-t", "fab-t", "square")
@@ -32,9 +32,7 @@ class RunSettings:
     block_size: int = 100
 
     def __post_init__(self) -> None:
-        unknown = [name for name in self.attacks if name not in ATTACKS]
-        if unknown:
-            raise EvaluationError(f"expected attacks among {', '.join(ATTACKS)}; got {', '.join(unknown)}")
+        check_attack_names(self.attacks)
         if self.redraws < 1 or self.block_size < 1 or not self.seeds:
             raise EvaluationError("expected redraws >= 1, block_size >= 1 and at least one seed")
 

@@ -88,13 +88,8 @@ def _attacked(
 ) -> Tensor:
     """The images' attacked copies, [n, C, H, W]."""
     from evaluation.attacks import Effort, attack_by_name
-    from evaluation.errors import EvaluationError
 
-    try:
-        attack = attack_by_name(name, Effort(steps=steps))
-    except ValueError as error:
-        raise EvaluationError(str(error)) from error
-    adversarial = []
+    attack, adversarial = attack_by_name(name, Effort(steps=steps)), []
     with progress_bar() as bar:
         task = bar.add_task(name, total=len(shown))
         for block in shown.blocks(batch_size):

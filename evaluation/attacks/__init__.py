@@ -6,7 +6,7 @@ adversarial = attack(model, images, labels, Budget(8 / 255, "Linf"), seed=0)
 
 from evaluation.attacks.attack import Attack, AttackResult, Effort, margin_of
 from evaluation.attacks.budget import Budget, Norm
-from evaluation.attacks.registry import ATTACKS, attack_by_name, attacks_by_name
+from evaluation.attacks.registry import ATTACKS, attack_by_name, attacks_by_name, check_attack_names
 from evaluation.attacks.surrogates import FirstPass, FixedNoise, first_pass, has_noise, undefended
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "Norm",
     "attack_by_name",
     "attacks_by_name",
+    "check_attack_names",
     "first_pass",
     "has_noise",
     "margin_of",

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from evaluation.attacks import adaptive, standard
 from evaluation.attacks.attack import Attack, Effort
+from evaluation.errors import EvaluationError
 
 # In the order in which they run: what breaks most for least comes first, since only images that stand are attacked.
 ATTACKS: dict[str, type[Attack]] = {
@@ -29,14 +30,23 @@ ATTACKS: dict[str, type[Attack]] = {
 }
 
 
+def check_attack_names(names: Sequence[str]) -> None:
+    """Refuse names that no attack has.
+
+    Raises:
+        EvaluationError: the message has them, and lists those there are.
+    """
+    if unknown := [name for name in names if name not in ATTACKS]:
+        raise EvaluationError(f"expected attacks among {', '.join(ATTACKS)}; got {', '.join(unknown)}")
+
+
 def attack_by_name(name: str, effort: Effort | None = None) -> Attack:
     """An attack of that name.
 
     Raises:
-        ValueError: none has that name; the message lists those there are.
+        EvaluationError: none has that name.
     """
-    if name not in ATTACKS:
-        raise ValueError(f"expected one of the attacks {', '.join(ATTACKS)}, got '{name}'")
+    check_attack_names([name])
     return ATTACKS[name](effort)
 
 

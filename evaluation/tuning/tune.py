@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from defense import SplitClassifier
-from evaluation.attacks import ATTACKS, Budget, Effort, attack_by_name, attacks_by_name
+from evaluation.attacks import Budget, Effort, attack_by_name, attacks_by_name, check_attack_names
 from evaluation.errors import EvaluationError
 from evaluation.tuning.adaptive import Reattacked, reattack
 from evaluation.tuning.kept import KeptResults, digest_of
@@ -47,9 +47,9 @@ class Plan:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        unknown = [name for name in (*self.fixed_attacks, *self.adaptive_attacks) if name not in ATTACKS]
-        if unknown or not self.fixed_attacks:
-            raise EvaluationError(f"expected attacks among {', '.join(ATTACKS)}; got {', '.join(unknown) or 'none'}")
+        check_attack_names([*self.fixed_attacks, *self.adaptive_attacks])
+        if not self.fixed_attacks:
+            raise EvaluationError("expected at least one fixed attack: all settings are compared on what it finds")
         if odd := [name for name in self.vary if name not in self.values]:
             raise EvaluationError(f"expected to vary {', '.join(self.values)}; got {', '.join(odd)}")
 

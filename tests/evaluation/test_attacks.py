@@ -7,6 +7,7 @@ from torch import nn
 from evaluation.attacks import ATTACKS, Budget, Effort, attack_by_name, attacks_by_name
 from evaluation.attacks.attack import Precision
 from evaluation.attacks.surrogates import FirstPass, FixedMask, FixedNoise, first_pass_of
+from evaluation.errors import EvaluationError
 from toy_defenses import EPSILON, LinearModel, Staircase, distance_to_border, gray_images, gray_row, two_way_defense
 
 SMALL = Effort(steps=20, eot=2, targets=2, queries=400, draws=2)
@@ -142,7 +143,7 @@ def test_a_budget_that_is_none_is_refused():
 
 
 def test_an_unknown_attack_names_those_there_are():
-    with pytest.raises(ValueError, match="apgd-ce"):
+    with pytest.raises(EvaluationError, match="apgd-ce"):
         attacks_by_name(["pgd-9000"])
 
 

@@ -48,7 +48,7 @@ def test_a_ranking_of_another_layer_is_refused(tiny_model: Path, tmp_path: Path)
 
 
 def test_an_unknown_attack_and_an_image_that_was_wrong_before_are_refused(tiny_model: Path, tmp_path: Path) -> None:
-    with pytest.raises(EvaluationError, match="expected one of the attacks apgd-ce"):
+    with pytest.raises(EvaluationError, match="expected attacks among apgd-ce"):
         analyze(tiny_model, tmp_path, "--attack", "pgd")
     shown = analyze(tiny_model, tmp_path)
     image = shown["neurons"][0]["image"]  # type: ignore[index]
