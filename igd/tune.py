@@ -49,7 +49,7 @@ def tune(
     """Sweep settings on images attacked beforehand, attack the best themselves, measure the best of those.
 
     A sweep on fixed attacks flatters every setting: the report has both columns. One half of the images selects, the
-    final figures are of the other half. The result is a [defense] block for model.toml, and whether it gains anything.
+    final figures are of the other half. The result is a block "defense" for model.toml, and whether it gains anything.
     """
     from evaluation.attacks import Budget, Effort  # torch's and matplotlib's imports are slow
     from evaluation.tuning.run import tune_directory
