@@ -1,6 +1,7 @@
 """Ratios that survive a noisy machine: the two sides take turns, and the median of the pairwise ratios counts."""
 
 import json
+import os
 import platform
 import statistics
 import time
@@ -16,7 +17,7 @@ from matplotlib.figure import Figure
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("BENCHMARK_RESULTS") or Path(__file__).parent / "results")
 
 
 @dataclass(frozen=True)
@@ -100,10 +101,10 @@ def table_of(rows: list[dict[str, Any]]) -> str:
 
 
 def write_results(name: str, rows: list[dict[str, Any]]) -> None:
-    """Print a Markdown table and write it, with the JSON, to ``benchmarks/results``."""
+    """Print a Markdown table and write it, with the JSON, to ``benchmarks/results``, or ``$BENCHMARK_RESULTS``."""
     table = table_of(rows)
     print(table)
-    RESULTS.mkdir(exist_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / f"{name}.json").write_text(
         json.dumps({"machine": machine(), "rows": rows}, indent=1, default=asdict) + "\n"
     )
@@ -155,7 +156,7 @@ def plot_lines(
 
 def save_plot(name: str, figure: Figure) -> None:
     """As ``benchmarks/results/{name}.png``."""
-    RESULTS.mkdir(exist_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     figure.savefig(RESULTS / f"{name}.png", dpi=130)
     plt.close(figure)
 
