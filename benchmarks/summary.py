@@ -62,7 +62,7 @@ def main() -> None:
     lines = [_line(what, target, results[name], *where) for what, target, name, *where in MEASURES]
     memory = {row["when"]: row["resident MiB"] for row in _read("memory")}
     growth = f"{memory['some more'] / memory['a tenth of them'] - 1:+.1%}"
-    what = "(f) memory from 10,000 requests to 100,000 and 1,000 abandoned"
+    what = "(f) growth of memory over 100,000 requests and 1,000 abandoned ones"
     lines.append({"what": what, "target": "flat", "ResNet-18": "", "bundled": growth})
     table = table_of(lines)
     (RESULTS / "summary.md").write_text(table + "\n")

@@ -3,16 +3,16 @@
 import shlex
 import sys
 from enum import StrEnum
+from math import ceil
 from pathlib import Path
 from typing import Annotated
 
 import torch.distributed as dist
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from defense.shards import rank_and_world
 from igd.options import Epsilon, Model, Norm, NormName, TestData, items_of, named_files, settings_of
+from igd.progress import console_of, progress_bar
 from igd.rank import processes
 
 
@@ -95,14 +95,13 @@ def evaluate(
         keep_adversarial=keep_images,
     )
     with processes() as _device:
-        console = Console(stderr=True, quiet=rank_and_world()[0] != 0)
+        process, count = rank_and_world()
         evaluation = Evaluation(job, settings, out, command=shlex.join(["igd", *sys.argv[1:]]))
-        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn())
-        with Progress(*columns, TextColumn("{task.description}"), console=console) as bar:
-            task = bar.add_task("", total=evaluation.num_steps / rank_and_world()[1])
+        with progress_bar(console_of(process)) as bar:
+            task = bar.add_task("", total=ceil(evaluation.num_steps / count))
             evaluation.run(lambda step: bar.update(task, advance=1, description=step))
         if dist.is_initialized():
             dist.barrier()
-        if rank_and_world()[0] == 0:
+        if process == 0:
             for path in evaluation.report():
                 typer.echo(path)

@@ -11,11 +11,11 @@ import torch
 import torch.distributed as dist
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from defense import DefenseError, NeuronImportance, check_servable, open_probe_set, rank_neurons
 from defense.shards import rank_and_world
 from igd.options import DataDir, Model, RedisUrl, settings_of
+from igd.progress import console_of, progress_bar
 from service.settings import Settings
 from service.stores import store_of
 
@@ -55,9 +55,8 @@ def rank(
         number, count = rank_and_world()
         if checkpoint and count > 1:
             checkpoint = checkpoint.with_name(f"{checkpoint.name}.{number}-of-{count}")
-        console = Console(stderr=True, quiet=number != 0)
-        columns = (TextColumn("ranking"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=console) as bar:
+        console = console_of(number)
+        with progress_bar(console) as bar:
             task = bar.add_task("ranking")
             importance = rank_neurons(
                 settings.model,
