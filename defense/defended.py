@@ -81,8 +81,8 @@ class DefendedClassifier(nn.Module):
         Returns:
             Logits of the second pass, [B, C].
         """
-        clean, logits = self._first_pass(self.split.cut(self.with_noisy_copies(images, noise)))
-        return self._masked_pass(clean, self._pseudo_label(logits))
+        clean, logits = self.first_pass(self.split.cut(self.with_noisy_copies(images, noise)))
+        return self.masked_pass(clean, self.pseudo_label(logits))
 
     @torch.no_grad()
     def predict(self, images: Tensor, noise: Tensor | None = None) -> DefendedPrediction:
@@ -113,10 +113,38 @@ class DefendedClassifier(nn.Module):
             values: activations [(1 + n) * B, ...] and what bypasses the layer; B without noise.
             masks: [C, N], in place of this importance's: for what is compiled once for all.
         """
-        clean, logits = self._first_pass(values)
+        clean, logits = self.first_pass(values)
         undefended_logits = self.split.tail(*clean) if self.sigma else logits
-        class_weights = self._pseudo_label(logits)
-        return DefendedPrediction(self._masked_pass(clean, class_weights, masks), undefended_logits, class_weights)
+        class_weights = self.pseudo_label(logits)
+        return DefendedPrediction(self.masked_pass(clean, class_weights, masks), undefended_logits, class_weights)
+
+    def first_pass(self, values: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor]:
+        """What crosses the split for the clean images, and logits [B, C] averaged over the noisy copies.
+
+        Args:
+            values: what crosses the split for ``with_noisy_copies(images)``, as for ``judge``.
+        """
+        if self.sigma == 0:
+            return values, self.split.tail(*values)
+        copies = [value.unflatten(0, (1 + self.num_noise_samples, -1)) for value in values]
+        noisy_logits = self.split.tail(*(copy[1:].flatten(0, 1) for copy in copies))
+        return tuple(copy[0] for copy in copies), noisy_logits.unflatten(0, (self.num_noise_samples, -1)).mean(dim=0)
+
+    def pseudo_label(self, logits: Tensor) -> Tensor:
+        """Class weights [B, C] of first-pass logits [B, C]."""
+        # Softmax, not argmax: an adaptive attack needs this gradient.
+        return torch.softmax(logits / self.temperature, dim=1)
+
+    def masked_pass(self, clean: tuple[Tensor, ...], class_weights: Tensor, masks: Tensor | None = None) -> Tensor:
+        """The second pass from the split on: logits [B, C] with the neurons that matter for these classes.
+
+        Args:
+            clean: activations [B, N, ...] of the clean images, and what bypasses the layer. class_weights: [B, C].
+            masks: as for ``judge``.
+        """
+        activations, *bypass = clean
+        kept = class_weights @ (self.masks if masks is None else masks).to(class_weights)
+        return self.split.tail(activations * _per_channel(kept, activations.ndim), *bypass)
 
     def second_pass(self, first_pass_logits: Tensor, activations: Tensor, *bypass: Tensor) -> Tensor:
         """Defended logits [B, C], where the first pass is known already: the tail alone runs.
@@ -125,19 +153,11 @@ class DefendedClassifier(nn.Module):
             first_pass_logits: [B, C], of the noisy copies, averaged; without noise the undefended logits.
             activations: [B, N, ...] of the clean images, and what bypasses the layer.
         """
-        return self._masked_pass((activations, *bypass), self._pseudo_label(first_pass_logits))
+        return self.masked_pass((activations, *bypass), self.pseudo_label(first_pass_logits))
 
     def train(self, mode: bool = True) -> "DefendedClassifier":
         """Stay in eval mode: this is a test-time defense, and batch statistics would mix the images of a batch."""
         return super().train(False)
-
-    def _first_pass(self, values: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor]:
-        """What crosses the split for the clean images, and logits [B, C] averaged over the noisy copies."""
-        if self.sigma == 0:
-            return values, self.split.tail(*values)
-        copies = [value.unflatten(0, (1 + self.num_noise_samples, -1)) for value in values]
-        noisy_logits = self.split.tail(*(copy[1:].flatten(0, 1) for copy in copies))
-        return tuple(copy[0] for copy in copies), noisy_logits.unflatten(0, (self.num_noise_samples, -1)).mean(dim=0)
 
     def _standard_normal(self, images: Tensor, noise: Tensor | None) -> Tensor:
         shape = (self.num_noise_samples, *images.shape)
@@ -146,16 +166,6 @@ class DefendedClassifier(nn.Module):
         if tuple(noise.shape) != shape:
             raise ValueError(f"expected noise of shape {list(shape)} [noise samples, *images], got {list(noise.shape)}")
         return noise.to(images)
-
-    def _pseudo_label(self, logits: Tensor) -> Tensor:
-        """Class weights [B, C] of first-pass logits [B, C]."""
-        # Softmax, not argmax: an adaptive attack needs this gradient.
-        return torch.softmax(logits / self.temperature, dim=1)
-
-    def _masked_pass(self, clean: tuple[Tensor, ...], class_weights: Tensor, masks: Tensor | None = None) -> Tensor:
-        activations, *bypass = clean
-        kept = class_weights @ (self.masks if masks is None else masks).to(class_weights)
-        return self.split.tail(activations * _per_channel(kept, activations.ndim), *bypass)
 
 
 def _per_channel(masks: Tensor, ndim: int) -> Tensor:

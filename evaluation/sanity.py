@@ -111,7 +111,7 @@ def _check_pseudo_label(name: str, model: DefendedClassifier) -> Finding:
     shape = (16, model.split.num_classes)
     logits = (torch.randn(shape, generator=generator) * model.temperature).requires_grad_(True)
     with torch.enable_grad():
-        weights = model._pseudo_label(logits)
+        weights = model.pseudo_label(logits)
         total = (weights * torch.randn(shape, generator=generator)).sum()
     problems = []
     if bool((weights.amax(dim=1) == 1).all()):

@@ -87,12 +87,12 @@ class ConstantNoise(DefendedClassifier):
 class DetachedPseudoLabel(DefendedClassifier):
     """Bug: attacks cannot see how the pseudo-label depends on the image."""
 
-    def _pseudo_label(self, logits: Tensor) -> Tensor:
-        return super()._pseudo_label(logits).detach()
+    def pseudo_label(self, logits: Tensor) -> Tensor:
+        return super().pseudo_label(logits).detach()
 
 
 class ArgmaxPseudoLabel(DefendedClassifier):
     """Bug: argmax in place of softmax."""
 
-    def _pseudo_label(self, logits: Tensor) -> Tensor:
+    def pseudo_label(self, logits: Tensor) -> Tensor:
         return nn.functional.one_hot(logits.argmax(dim=1), logits.shape[1]).to(logits.dtype)

@@ -91,7 +91,7 @@ class FixedMask(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         weights = nn.functional.one_hot(self.classes, self.defended.split.num_classes).to(images.dtype)
         # APGD asks for the first image alone, to count the classes.
-        return self.defended._masked_pass(self.defended.split.cut(images), weights[: len(images)])
+        return self.defended.masked_pass(self.defended.split.cut(images), weights[: len(images)])
 
 
 class FixedNoise(nn.Module):
@@ -114,12 +114,12 @@ class FixedNoise(nn.Module):
 
 def first_pass_of(defended: DefendedClassifier, images: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
     """What crosses the split for the clean images, and the first pass's logits [B, C]."""
-    return defended._first_pass(defended.split.cut(defended.with_noisy_copies(images)))
+    return defended.first_pass(defended.split.cut(defended.with_noisy_copies(images)))
 
 
 def smooth_passes(defended: DefendedClassifier, images: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Logits [B, C] of both passes; backward, the pseudo-label's softmax has another temperature."""
     clean, first = first_pass_of(defended, images)
     smooth = torch.softmax(first / temperature, dim=1)
-    weights = smooth + (defended._pseudo_label(first) - smooth).detach()
-    return first, defended._masked_pass(clean, weights)
+    weights = smooth + (defended.pseudo_label(first) - smooth).detach()
+    return first, defended.masked_pass(clean, weights)
