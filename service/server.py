@@ -1,5 +1,6 @@
 """uvicorn, with our start banner and exit code."""
 
+import asyncio
 import gc
 import logging
 import shlex
@@ -13,6 +14,7 @@ from types import FrameType
 
 import uvicorn
 
+from service.listener import Listener
 from service.runtime import Runtime
 
 SWITCH_INTERVAL_S = 0.00005
@@ -47,7 +49,9 @@ class Server(uvicorn.Server):
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         gc.freeze()
         gc.set_threshold(*GC_THRESHOLDS)
-        await super().startup(sockets)
+        await super().startup(sockets or [])
+        if sockets is None:
+            await self._listen()
         if self.started:
             self._runtime.address = self._address()
             print(banner(self._runtime), flush=True)
@@ -82,6 +86,31 @@ class Server(uvicorn.Server):
             answered = not self._runtime.batcher.in_flight and since_s >= settings.drain_delay_s
             self.should_exit = self.should_exit or answered or since_s > settings.drain_s
         return await super().on_tick(counter)
+
+    async def _listen(self) -> None:
+        config, state = self.config, self.server_state
+
+        def protocol() -> asyncio.Protocol:
+            made: asyncio.Protocol = config.http_protocol_class(  # type: ignore[call-arg]
+                config=config, server_state=state, app_state=self.lifespan.state
+            )
+            return made
+
+        try:
+            listener = Listener(config.host, config.port, protocol)
+        except OSError as error:
+            reason = (error.strerror or str(error)).partition(" (")[0].lower()  # what follows is the address again
+            logger.error(
+                "cannot listen at %s port %d: %s; end what listens there, or set another IGD_HOST or IGD_PORT",
+                config.host,
+                config.port,
+                reason,
+            )
+            self.started = False
+            await self.lifespan.shutdown()
+            sys.exit(1)
+        listener.start()
+        self.servers.append(listener)  # type: ignore[arg-type]
 
     def _address(self) -> str:
         listening = [s for server in self.servers for s in server.sockets]
