@@ -1,4 +1,4 @@
-"""What happens as load grows: latency and goodput from a quarter of saturation to one and a half times it (e).
+"""What happens as load grows: latency and goodput from a quarter of saturation to three times it (e).
 
     python benchmarks/overload.py [--seconds 8]
 
@@ -17,7 +17,7 @@ from server import igd_server
 
 from models import models, sample_files, settings_of
 
-LOADS = (0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5)
+LOADS = (0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 3.0)
 
 
 def main() -> None:
