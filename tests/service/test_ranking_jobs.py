@@ -408,7 +408,7 @@ def test_the_events_of_a_job_tell_its_progress_until_it_has_ended(client, told):
     assert told[-1] == client.job(told[-1]["id"])
     under_way = [job["progress"] for job in told if job["state"] == "running" and job["progress"]["rate"]]
     done = [progress["done"] for progress in under_way]
-    assert len(set(done)) > 3 and done == sorted(done)
+    assert len(set(done)) > 1 and done == sorted(done)
     for progress in under_way:
         assert progress["total"] == NUM_IMAGES["some"] and 0 < progress["done"] <= progress["total"]
         left = progress["total"] - progress["done"]
