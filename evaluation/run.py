@@ -74,14 +74,12 @@ class Evaluation:
         self.job, self.settings, self.folder = job, settings, folder
         self.images = _test_images(job)
         self.class_names = self.images.class_names or [str(c) for c in range(int(self.images.labels.max()) + 1)]
-        importances = {} if job.factory else _importances(job)
-        self.targets, self.checks = _targets(job, self.images, importances)
+        self._importances = {} if job.factory else _importances(job)
+        self.targets, self.checks = _targets(job, self.images, self._importances)
         self.curve = _curve(job, settings, self.images)
         self.curve_targets = _curve_targets(self.targets)
         if rank_and_world()[0] == 0:
             write_manifest(folder, self.description(), command)
-            for name, importance in importances.items():
-                write_bytes(folder / "rankings" / f"{slug(name)}.safetensors", importance.to_bytes())
 
     @property
     def num_steps(self) -> int:
@@ -102,6 +100,10 @@ class Evaluation:
             run_protocol(
                 self.curve_targets, images, settings, self.folder / name, keep_adversarial=False, progress=progress
             )
+        if rank_and_world()[0] == 0:
+            # Not before: another ranking of that name would have been refused, and should leave the one that was kept.
+            for name, importance in self._importances.items():
+                write_bytes(self.folder / "rankings" / f"{slug(name)}.safetensors", importance.to_bytes())
 
     def report(self) -> list[Path]:
         """Write the report of all that is done; the paths of its files."""

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from defense import NeuronImportance
+from defense import NeuronImportance, load_importance
 from defense.digest import model_digest
 from evaluation.attacks import Budget, Effort
 from evaluation.errors import EvaluationError
@@ -59,6 +59,19 @@ def test_a_model_directory_is_evaluated_with_its_controls(tmp_path):
     )
     assert kept.method == "lo-ir"
     assert again.targets[1].fingerprint == evaluation.targets[1].fingerprint
+
+
+def test_another_ranking_in_the_same_folder_is_refused_and_leaves_the_one_that_was_kept(tmp_path):
+    own = load_importance(BUNDLED)
+    (tmp_path / "other").write_bytes(replace(own, scores=own.scores.flip(1)).to_bytes())
+    job = Job(model=BUNDLED, data="probe", n=4, curve_images=0, controls=())
+    settings = RunSettings(Budget(0.01), ("apgd-ce",), TINY, redraws=2)
+    Evaluation(job, settings, tmp_path / "run").run()
+    kept = (tmp_path / "run" / "rankings" / "defended.safetensors").read_bytes()
+
+    with pytest.raises(EvaluationError, match="another settings"):
+        Evaluation(replace(job, importances={"defended": tmp_path / "other"}), settings, tmp_path / "run").run()
+    assert (tmp_path / "run" / "rankings" / "defended.safetensors").read_bytes() == kept
 
 
 def test_a_fast_copy_answers_alike_and_leaves_the_model_alone():
