@@ -42,7 +42,7 @@ class Listener:
         """Accept from now on; to be called on the event loop."""
         for listening in self.sockets:
             listening.setblocking(False)
-            asyncio.get_running_loop().add_reader(listening, self._accept, listening)
+            self._watch(listening)
 
     def close(self) -> None:
         """Stop listening; to be called on the event loop, if it was started there."""
@@ -70,8 +70,8 @@ class Listener:
         except OSError as error:
             logger.error("cannot accept connections (%s); trying again in %g s", error, RETRY_S)
             loop.remove_reader(listening)
-            loop.call_later(RETRY_S, self._go_on, listening)
+            loop.call_later(RETRY_S, self._watch, listening)
 
-    def _go_on(self, listening: socket.socket) -> None:
+    def _watch(self, listening: socket.socket) -> None:
         if listening in self.sockets:
             asyncio.get_running_loop().add_reader(listening, self._accept, listening)

@@ -2,13 +2,13 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
+from evaluation.outcomes import write_bytes
 from evaluation.tuning.adaptive import Judged, Reattacked
 
 _WHOLE = ("clean", "fixed", "robust")
@@ -34,10 +34,7 @@ class KeptResults:
         if path.exists():
             return _from_tensors(load_file(path))
         found = compute()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        save_file(_to_tensors(found), temporary)
-        temporary.replace(path)
+        write_bytes(path, save(_to_tensors(found)))
         return found
 
 
