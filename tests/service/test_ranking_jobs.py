@@ -43,7 +43,7 @@ layer = "layer4"
 top_k = 16
 """
 # At layer1, where the tail is not affine, 128 images take 0.1 s on an idle core; at layer4 a hundredth of that.
-NUM_IMAGES = {"some": 4000, "many": 14_000}
+NUM_IMAGES = {"some": 6000, "many": 14_000}
 CHECKPOINT_IMAGES = 20 * 128
 
 
@@ -408,7 +408,7 @@ def test_the_events_of_a_job_tell_its_progress_until_it_has_ended(client, told):
     assert told[-1] == client.job(told[-1]["id"])
     under_way = [job["progress"] for job in told if job["state"] == "running" and job["progress"]["rate"]]
     done = [progress["done"] for progress in under_way]
-    assert len(set(done)) > 1 and done == sorted(done)
+    assert len(set(done)) > 3 and done == sorted(done)
     for progress in under_way:
         assert progress["total"] == NUM_IMAGES["some"] and 0 < progress["done"] <= progress["total"]
         left = progress["total"] - progress["done"]
