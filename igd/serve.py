@@ -37,4 +37,4 @@ def serve(context: typer.Context) -> None:
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=max(1, round(settings.drain_s)),
     )
-    sys.exit(Server(config, app.state.runtime).serve_until_stopped())
+    sys.exit(Server(config, app.state.runtime, app.state.direct_classify).serve_until_stopped())

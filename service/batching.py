@@ -163,15 +163,30 @@ class Batcher(Generic[Group, Item, Result]):
         Raises:
             QueueFull, NotReady: see ``check_room``.
         """
-        self.check_room(count)
-        self.in_flight += count
+        self.take_places(count)
         try:
             yield
         finally:
             self.in_flight -= count
 
+    def take_places(self, count: int) -> None:
+        """``admit``, for as long as the caller likes: what it took is to be subtracted from ``in_flight``."""
+        self.check_room(count)
+        self.in_flight += count
+
     async def submit(self, group: Group, items: Sequence[Item]) -> list[Result]:
         """The results of ``items``, in order. If the caller is cancelled, the device never sees what still waits."""
+        answers = self.enqueue(group, items)
+        try:
+            if len(answers) == 1:  # gather costs as much as all the rest of this method
+                return [await answers[0]]
+            return await asyncio.gather(*answers)
+        finally:
+            for answer in answers:  # where one failed, nobody will read the others
+                answer.cancel()
+
+    def enqueue(self, group: Group, items: Sequence[Item]) -> "list[asyncio.Future[Result]]":
+        """``submit``, for a caller that is no task; the device never sees an item whose future is cancelled in time."""
         if self._loop is None or not self.alive:
             raise NotReady("the batch dispatcher is not running; restart the server")
         loop, now = self._loop, self._loop.time()
@@ -181,13 +196,7 @@ class Batcher(Generic[Group, Item, Result]):
         if not (self._busy or self._due):  # not at once: those that are ready to submit, too, go into the same batch
             self._due = True
             loop.call_soon(self._begin_if_due, loop)
-        try:
-            if len(waiting) == 1:  # gather costs as much as all the rest of this method
-                return [await waiting[0].answer]
-            return await asyncio.gather(*(w.answer for w in waiting))
-        finally:
-            for w in waiting:  # where one failed, nobody will read the others
-                w.answer.cancel()
+        return [w.answer for w in waiting]
 
     # On the event loop:
 

@@ -2,6 +2,7 @@
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 
 from defense.model_config import InputConfig
@@ -13,6 +14,10 @@ from service.images import decode_image
 SMALL_BYTES, SMALL_PIXELS = 4096, 64 * 64
 _SIMPLE = (b"\x89PNG", b"\xff\xd8\xff")  # PNG, JPEG
 _COMPRESSED_CHUNKS = (b"zTXt", b"iTXt", b"iCCP")  # of a PNG, which expand to a megabyte each
+
+
+class NotOnTheSpot(Exception):
+    """Something has to be waited for."""
 
 
 class Decoder:
@@ -33,18 +38,24 @@ class Decoder:
         Raises:
             BadImage, TooLarge, Unprocessable: of the first file that is at fault.
         """
-        if len(files) == 1 and (pixels := self._on_the_spot(files[0])) is not None:
-            return [pixels]
+        if len(files) == 1:
+            with suppress(NotOnTheSpot):
+                return [self.on_the_spot(files[0])]
         loop = asyncio.get_running_loop()
         return await asyncio.gather(*(loop.run_in_executor(self._pool, self._decode, file) for file in files))
 
-    def _on_the_spot(self, file: bytes) -> Pixels | None:
+    def on_the_spot(self, file: bytes) -> Pixels:
+        """``decode``, of a file that is quicker decoded than sent elsewhere.
+
+        Raises:
+            NotOnTheSpot: it is none. BadImage, Unprocessable: it is at fault.
+        """
         if len(file) > SMALL_BYTES or not file.startswith(_SIMPLE) or any(c in file for c in _COMPRESSED_CHUNKS):
-            return None
+            raise NotOnTheSpot
         try:
             return self._decode_small(file)
-        except TooLarge:  # small only as a file
-            return None
+        except TooLarge as error:  # small only as a file
+            raise NotOnTheSpot from error
 
     def shutdown(self) -> None:
         """Drop what waits; what is being decoded ends by itself."""

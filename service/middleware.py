@@ -10,6 +10,7 @@ from random import Random
 
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from defense import DefenseError
@@ -26,6 +27,8 @@ from service.metrics import Metrics
 from service.request_log import RequestLog
 
 logger = logging.getLogger(__name__)
+
+LEFT = 499  # the status, in logs and metrics, of a request whose client left, as nginx has it
 
 _KNOWN_PROBLEMS: list[tuple[type[Exception], int]] = [
     (DefenseError, 422),
@@ -55,18 +58,14 @@ class RequestContext:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        started = time.perf_counter()
-        headers = dict(scope["headers"])
-        request_id = _request_id(headers.get(b"x-request-id"))
-        scope.setdefault("state", {}).update(request_id=request_id, arrived_at=started)
-        self.log.begin(scope, headers)
+        headers = self.begin(scope)
         status, reason, body = 0, None, _Body(self.limit, receive)
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+                message["headers"] = [*message.get("headers", ()), id_header(scope)]
             await send(message)
 
         try:
@@ -75,18 +74,44 @@ class RequestContext:
         except ClientDisconnect:
             pass  # nobody is there to be answered
         except Exception as error:
-            reason = _reason_of(error)
-            if not isinstance(error, ServiceError | StoreError | DefenseError | HTTPException):
-                logger.exception("request %s failed", request_id)
+            answer, reason = self.refusal(scope, error)
             if status:  # the answer has begun, there is no other to give
                 raise
-            answer = error_response(scope["path"], *describe(error, request_id), **scope["state"]["known"])
             await answer(scope, receive, send_with_id)
         finally:
-            self.limit.held_bytes -= body.received
-            seconds = time.perf_counter() - started
-            self.metrics.observe_request(_endpoint(scope["path"]), status or 499, seconds, reason)
-            self.log.end(scope, status or 499, seconds)
+            self.end(scope, status or LEFT, body.received, reason)
+
+    def begin(self, scope: Scope) -> dict[bytes, bytes]:
+        """Note that a request has come; its headers."""
+        headers = dict(scope["headers"])
+        request_id = _request_id(headers.get(b"x-request-id"))
+        scope.setdefault("state", {}).update(request_id=request_id, arrived_at=time.perf_counter())
+        self.log.begin(scope, headers)
+        return headers
+
+    def refusal(self, scope: Scope, error: Exception) -> tuple[Response, str | None]:
+        """The answer to a request that failed, and why it was rejected if it was not at fault; a bug is logged."""
+        request_id = scope["state"]["request_id"]
+        if not isinstance(error, ServiceError | StoreError | DefenseError | HTTPException):
+            logger.exception("request %s failed", request_id, exc_info=error)
+        answer = error_response(scope["path"], *describe(error, request_id), **scope["state"]["known"])
+        return answer, _reason_of(error)
+
+    def end(self, scope: Scope, status: int, received: int, reason: str | None = None) -> None:
+        """Note that a request has ended.
+
+        Args:
+            status: of the answer, or ``LEFT``. received: bytes of its body that the limit has counted.
+        """
+        self.limit.held_bytes -= received
+        seconds = time.perf_counter() - scope["state"]["arrived_at"]
+        self.metrics.observe_request(_endpoint(scope["path"]), status, seconds, reason)
+        self.log.end(scope, status, seconds)
+
+
+def id_header(scope: Scope) -> tuple[bytes, bytes]:
+    """Of an answer: what its request is known by."""
+    return b"x-request-id", scope["state"]["request_id"].encode()
 
 
 def _endpoint(path: str) -> str:

@@ -181,6 +181,20 @@ class Runtime:
             answers = await self.batcher.submit(defense, pixels)
             return Classified([a.rows for a in answers], [a.batch for a in answers], queued_at)
 
+    def enqueue(self, defense: ServedDefense, image: bytes | Pixels) -> "asyncio.Future[Answer]":
+        """``classify``, for a caller that is no task: one image, for which it holds a place in the queue.
+
+        Args:
+            image: a file, or pixels [H, W, C].
+
+        Raises:
+            NotOnTheSpot: the file is to be decoded elsewhere. BadImage, Unprocessable: it is at fault.
+        """
+        if isinstance(image, bytes):
+            with self.metrics.stage("decode"):
+                image = self._decoder.on_the_spot(image)
+        return self.batcher.enqueue(defense, [image])[0]
+
     def _run_batch(self, defense: ServedDefense, inputs: Inputs) -> Sequence[Answer]:
         rows = self.predictor.both_passes(defense, inputs)
         run = BatchRun(len(rows), inputs.began_s, time.perf_counter(), defense.engine.stage_seconds())

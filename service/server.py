@@ -1,6 +1,5 @@
 """uvicorn, with our start banner and exit code."""
 
-import asyncio
 import gc
 import logging
 import shlex
@@ -14,7 +13,9 @@ from types import FrameType
 
 import uvicorn
 
+from service.connection import Connection
 from service.listener import Listener
+from service.middleware import RequestContext
 from service.runtime import Runtime
 
 SWITCH_INTERVAL_S = 0.00005
@@ -27,9 +28,9 @@ logger = logging.getLogger(__name__)
 class Server(uvicorn.Server):
     """Serves until SIGTERM or SIGINT, then answers what is in flight."""
 
-    def __init__(self, config: uvicorn.Config, runtime: Runtime) -> None:
+    def __init__(self, config: uvicorn.Config, runtime: Runtime, context: RequestContext) -> None:
         super().__init__(config)
-        self._runtime = runtime
+        self._runtime, self._context = runtime, context
         self._told_to_stop_at: float | None = None
 
     def serve_until_stopped(self) -> int:
@@ -88,13 +89,11 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
     async def _listen(self) -> None:
-        config, state = self.config, self.server_state
+        config = self.config
 
-        def protocol() -> asyncio.Protocol:
-            made: asyncio.Protocol = config.http_protocol_class(  # type: ignore[call-arg]
-                config=config, server_state=state, app_state=self.lifespan.state
-            )
-            return made
+        def protocol() -> Connection:
+            state = {"server_state": self.server_state, "app_state": self.lifespan.state}
+            return Connection(self._context, self._runtime, config=config, **state)
 
         try:
             listener = Listener(config.host, config.port, protocol)

@@ -39,11 +39,14 @@ async def classified(
             async with while_connected(request):
                 answers = await runtime.classify(defense, images)
     except TimeoutError as error:
-        raise DeadlineExceeded(
-            f"no answer within {deadline_s:g} s; send fewer images, or raise IGD_DEADLINE_S"
-        ) from error
+        raise deadline_exceeded(deadline_s) from error
     request.scope["state"]["classified"] = answers  # for the request's line in the log
     return defense, answers
+
+
+def deadline_exceeded(deadline_s: float) -> DeadlineExceeded:
+    """The answer to a request that took too long."""
+    return DeadlineExceeded(f"no answer within {deadline_s:g} s; send fewer images, or raise IGD_DEADLINE_S")
 
 
 @asynccontextmanager

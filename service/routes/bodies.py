@@ -4,7 +4,7 @@ import base64
 import binascii
 
 from pydantic import ValidationError
-from starlette.datastructures import UploadFile
+from starlette.datastructures import Headers, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 
@@ -21,9 +21,7 @@ async def read_images(request: Request, config: InputConfig, *, max_images: int)
     Raises:
         UnsupportedMediaType, Unprocessable, TooLarge: the body is of no known form, holds none, or too many.
     """
-    content_type = request.headers.get("content-type", "")
-    media_type, _, parameters = content_type.partition(";")
-    media_type = media_type.strip().lower()
+    media_type, parameters = media_type_of(request.headers)
     images: list[bytes] | Pixels
     if media_type.startswith("image/"):
         images = [await read_body(request)]
@@ -32,7 +30,7 @@ async def read_images(request: Request, config: InputConfig, *, max_images: int)
     elif media_type == "application/json":
         images = _files_of_json(await read_body(request))
     elif media_type in arrays.MEDIA_TYPES:
-        images = arrays.read_pixels(await read_body(request), media_type, config, _shape(parameters))
+        images = arrays.read_pixels(await read_body(request), media_type, config, shape_of(parameters))
     else:
         raise UnsupportedMediaType(
             "expected Content-Type image/*, multipart/form-data, application/json, application/x-npy or "
@@ -61,7 +59,14 @@ async def read_body(request: Request) -> bytes:
             return b"".join(chunks)
 
 
-def _shape(parameters: str) -> str | None:
+def media_type_of(headers: Headers) -> tuple[str, str]:
+    """What a body is said to be, in lower case, and with which parameters."""
+    media_type, _, parameters = headers.get("content-type", "").partition(";")
+    return media_type.strip().lower(), parameters
+
+
+def shape_of(parameters: str) -> str | None:
+    """The parameter ``shape``, of bare bytes."""
     name, _, value = parameters.partition("=")
     return value.strip(' "') if name.strip().lower() == "shape" else None
 

@@ -8,12 +8,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from service.answers import Classified
 from service.errors import Unprocessable
+from service.predictor import ServedDefense
 from service.routes.admission import classified
 from service.routes.auth import check_api_key, documents_api_key
 from service.routes.bodies import read_images
 from service.routes.documentation import CLASSIFY_BODY, CLASSIFY_TOP, problems
-from service.runtime import runtime_of
+from service.runtime import Runtime, runtime_of
 from service.schemas import ClassifyResponse, prediction_json
 
 router = APIRouter(tags=["classify"])
@@ -45,6 +47,18 @@ async def classify(request: Request) -> Response:
     top = read_top(request.query_params.get("top")) if request.scope["query_string"] else DEFAULT_TOP
     reading = partial(read_images, request, config.input, max_images=settings.max_images)
     defense, answers = await classified(request, reading)
+    return answer_of(runtime, defense, answers, top)
+
+
+async def classify_directly(scope: Scope, receive: Receive, send: Send) -> None:
+    """``classify`` as a bare ASGI application, without FastAPI's routing and validation around it."""
+    response = await classify(Request(scope, receive))
+    await response(scope, receive, send)
+
+
+def answer_of(runtime: Runtime, defense: ServedDefense, answers: Classified, top: int) -> Response:
+    """The predictions, as JSON."""
+    config = runtime.predictor.config
     with runtime.metrics.stage("encode"):
         answer = {
             "model": config.name,
@@ -52,12 +66,6 @@ async def classify(request: Request) -> Response:
             "predictions": [prediction_json(row, config.labels, top) for row in answers.rows],
         }
         return Response(orjson.dumps(answer), media_type="application/json")
-
-
-async def classify_directly(scope: Scope, receive: Receive, send: Send) -> None:
-    """``classify`` as a bare ASGI application, without FastAPI's routing and validation around it."""
-    response = await classify(Request(scope, receive))
-    await response(scope, receive, send)
 
 
 def read_top(text: str | None) -> int:

@@ -1,0 +1,112 @@
+"""uvicorn's HTTP connection, with a shorter way for classifications that need no task."""
+
+import asyncio
+import logging
+from typing import Any, cast
+
+from starlette.responses import Response
+from starlette.types import Scope
+from uvicorn._types import ASGI3Application
+from uvicorn.protocols.http.flow_control import CLOSE_HEADER
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+
+from service.direct import DirectRequest, may_be_direct
+from service.middleware import RequestContext, id_header
+from service.runtime import Runtime
+
+HOLD_S = 0.005  # for the rest of a request: many clients send head and body one after the other
+
+logger = logging.getLogger(__name__)
+
+
+class Connection(HttpToolsProtocol):
+    """One client's.
+
+    uvicorn makes a task for each request and speaks ASGI with it: for a small model that costs more than everything
+    else. Here a classification of one small image is begun in the parser's callback and answered in its future's;
+    what this leaves alone, or cannot do, goes to the application as ever.
+
+    Args:
+        context: what holds for every request. arguments: uvicorn's.
+    """
+
+    def __init__(self, context: RequestContext, runtime: Runtime, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._context, self._runtime = context, runtime
+        self._receiving = False
+        self._held: RequestResponseCycle | None = None  # its body is still to come
+        self._give_up: asyncio.TimerHandle | None = None
+        self._direct: DirectRequest | None = None  # under way
+
+    def data_received(self, data: bytes) -> None:
+        """Whatever the client sent."""
+        self._receiving = True
+        super().data_received(data)
+        self._receiving = False
+        if self._held and not self._give_up:
+            self._give_up = self.loop.call_later(HOLD_S, self._start_held)
+
+    def on_message_complete(self) -> None:
+        """The parser has seen a whole request."""
+        super().on_message_complete()
+        held = self._take_held()
+        if not held:
+            return
+        try:
+            self._begin(held)
+        except Exception:  # the parser would take it for a fault of the client's
+            logger.exception("a request could not be begun")
+            self.transport.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The client left, or the answer was the last."""
+        super().connection_lost(exc)
+        self._start_held()
+        if self._direct:
+            self._direct.leave()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        # Where uvicorn calls this otherwise, everything goes to the application.
+        waits = cycle.waiting_for_100_continue or self.flow.write_paused
+        if self._receiving and app is self.app and not waits and may_be_direct(cast(Scope, cycle.scope)):
+            self._held = cycle
+        else:
+            super()._start_asgi_task(cycle, app)
+
+    def _start_held(self) -> None:
+        if held := self._take_held():
+            super()._start_asgi_task(held, self.app)
+
+    def _take_held(self) -> RequestResponseCycle | None:
+        held, self._held = self._held, None
+        if self._give_up:
+            self._give_up.cancel()
+            self._give_up = None
+        return held
+
+    def _begin(self, cycle: RequestResponseCycle) -> None:
+        def respond(response: Response) -> None:
+            self._direct = None
+            self._write(cycle, response)
+
+        request = DirectRequest(self._context, self._runtime, cast(Scope, cycle.scope), respond)
+        self._direct = request  # it may be over before the next line
+        if not request.begin(bytes(cycle.body)):
+            self._direct = None
+            super()._start_asgi_task(cycle, self.app)
+
+    def _write(self, cycle: RequestResponseCycle, response: Response) -> None:
+        """As ``cycle.send``, which has to be awaited."""
+        if self.transport.is_closing():
+            return
+        headers = [*self.server_state.default_headers, *response.raw_headers, id_header(cast(Scope, cycle.scope))]
+        if CLOSE_HEADER in headers:
+            cycle.keep_alive = False
+        elif not cycle.keep_alive:
+            headers.append(CLOSE_HEADER)
+        lines = [part for name, value in headers for part in (name, b": ", value, b"\r\n")]
+        self.transport.write(b"".join([STATUS_LINE[response.status_code], *lines, b"\r\n", response.body]))
+        cycle.response_started = cycle.response_complete = True
+        if not cycle.keep_alive:
+            self.transport.close()
+        cycle.on_response()
