@@ -4,7 +4,7 @@ import base64
 import binascii
 
 from pydantic import ValidationError
-from starlette.datastructures import Headers, UploadFile
+from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 
@@ -21,7 +21,7 @@ async def read_images(request: Request, config: InputConfig, *, max_images: int)
     Raises:
         UnsupportedMediaType, Unprocessable, TooLarge: the body is of no known form, holds none, or too many.
     """
-    media_type, parameters = media_type_of(request.headers)
+    media_type, parameters = media_type_of(request.headers.get("content-type", ""))
     images: list[bytes] | Pixels
     if media_type.startswith("image/"):
         images = [await read_body(request)]
@@ -59,9 +59,9 @@ async def read_body(request: Request) -> bytes:
             return b"".join(chunks)
 
 
-def media_type_of(headers: Headers) -> tuple[str, str]:
+def media_type_of(content_type: str) -> tuple[str, str]:
     """What a body is said to be, in lower case, and with which parameters."""
-    media_type, _, parameters = headers.get("content-type", "").partition(";")
+    media_type, _, parameters = content_type.partition(";")
     return media_type.strip().lower(), parameters
 
 
