@@ -20,7 +20,7 @@ from torch import Tensor
 
 from defense import top_k_masks
 from defense.model_config import DefenseConfig
-from models import models, pixels_of, predictor_of
+from models import choose_dtype_name, models, pixels_of, predictor_of
 from service.compilers import EngineError
 from service.openvino_chain import OpenVinoChain
 from service.openvino_part import fixed_sizes
@@ -36,7 +36,7 @@ def main() -> None:
     """Measure every engine on both models."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=3, help="about, of each ratio")
-    parser.add_argument("--engines", nargs="*", default=["+".join(e) for e in ENGINES])
+    parser.add_argument("--engines", nargs="*", default=["+".join(e) for e in ENGINES if e[0] in precisions()])
     arguments = parser.parse_args()
     rows = [
         row
@@ -46,6 +46,11 @@ def main() -> None:
     ]
     write_results("engine_speed", rows)
     _plot(rows)
+
+
+def precisions() -> set[str]:
+    """Those that this machine's hardware multiplies; others would be emulated, and take minutes."""
+    return {"float32", choose_dtype_name()}
 
 
 def measure_engine(

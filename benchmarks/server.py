@@ -16,12 +16,16 @@ ADMIN_KEY = "benchmark"
 
 
 class Server:
-    """A running server."""
+    """A running server.
 
-    def __init__(self, model: Path, data_dir: Path, **settings: object) -> None:
+    Args:
+        before: Python code that its process runs first. settings: of ``igd serve``.
+    """
+
+    def __init__(self, model: Path, data_dir: Path, *, before: str = "", **settings: object) -> None:
         own = {"IGD_ADMIN_KEY": ADMIN_KEY, "IGD_DATA_DIR": str(data_dir), "IGD_MODEL": str(model)}
         own |= {f"IGD_{name.upper()}": str(value) for name, value in settings.items()}
-        command = [sys.executable, "-m", "igd", "serve", "--port", "0"]
+        command = [sys.executable, "-c", f"{before}\nfrom igd.cli import main\nmain()", "serve", "--port", "0"]
         self._process = subprocess.Popen(
             command, env=os.environ | own, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
@@ -69,10 +73,10 @@ class Server:
 
 
 @contextmanager
-def igd_server(model: Path, **settings: object) -> Iterator[Server]:
-    """Serve a model directory until the block ends; ``settings`` are those of ``igd serve``."""
+def igd_server(model: Path, *, before: str = "", **settings: object) -> Iterator[Server]:
+    """Serve a model directory until the block ends; see ``Server``."""
     with tempfile.TemporaryDirectory() as data_dir:
-        server = Server(model, Path(data_dir), **({"worker": False} | settings))
+        server = Server(model, Path(data_dir), before=before, **({"worker": False} | settings))
         try:
             yield server
         finally:

@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable
 from typing import cast
 
-from starlette.datastructures import QueryParams
 from starlette.responses import Response
 from starlette.types import Scope
 
@@ -18,7 +17,7 @@ from service.middleware import LEFT, RequestContext
 from service.routes.admission import deadline_exceeded
 from service.routes.auth import check_api_key
 from service.routes.bodies import media_type_of, shape_of
-from service.routes.classify import DEFAULT_TOP, PATH, answer_of, read_top
+from service.routes.classify import PATH, answer_of, read_top
 from service.runtime import Runtime
 
 LARGEST_BODY = 65536  # where uvicorn stops reading a body until it is asked for more
@@ -90,16 +89,12 @@ class DirectRequest:
         runtime, scope = self._runtime, self._scope
         settings, batcher = runtime.settings, runtime.batcher
         check_api_key(header_of(scope, b"authorization"), settings.api_keys)
-        query = scope["query_string"]
-        self._top = read_top(QueryParams(query).get("top")) if query else DEFAULT_TOP
+        self._top = read_top(scope["query_string"])
         self._defense = runtime.defense
-        batcher.check_room()
-        self._received = len(body)
-        self._context.limit.count(len(body), len(body))
-        image = self._image(body)
         batcher.take_places(1)
-        self._places = 1
-        self._answer = runtime.enqueue(self._defense, image)
+        self._places, self._received = 1, len(body)
+        self._context.limit.count(len(body), len(body))
+        self._answer = runtime.enqueue(self._defense, self._image(body))
         self._queued_at = time.perf_counter()
         remaining_s = settings.deadline_s - (self._queued_at - scope["state"]["arrived_at"])
         if remaining_s <= 0:

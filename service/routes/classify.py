@@ -4,6 +4,7 @@ from functools import partial
 
 import orjson
 from fastapi import APIRouter, Depends
+from starlette.datastructures import QueryParams
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -44,7 +45,7 @@ async def classify(request: Request) -> Response:
     runtime = runtime_of(request)
     settings, config = runtime.settings, runtime.predictor.config
     check_api_key(request.headers.get("authorization"), settings.api_keys)
-    top = read_top(request.query_params.get("top")) if request.scope["query_string"] else DEFAULT_TOP
+    top = read_top(request.scope["query_string"])
     reading = partial(read_images, request, config.input, max_images=settings.max_images)
     defense, answers = await classified(request, reading)
     return answer_of(runtime, defense, answers, top)
@@ -68,12 +69,13 @@ def answer_of(runtime: Runtime, defense: ServedDefense, answers: Classified, top
         return Response(orjson.dumps(answer), media_type="application/json")
 
 
-def read_top(text: str | None) -> int:
+def read_top(query: bytes) -> int:
     """The query parameter ``top``.
 
     Raises:
         Unprocessable: not a number in range.
     """
+    text = QueryParams(query).get("top") if query else None
     try:
         top = DEFAULT_TOP if text is None else int(text)
     except ValueError:
