@@ -4,12 +4,13 @@
 
 Three engines in turns, each as ``igd serve`` has it but for what it lacks: convolutions, batches whole; products,
 batches whole; and both, as served. Parts are for a server, whose event loop keeps a thread from its processor: here is
-what they cost without one.
+what they cost without one. And the three ways of a lone image, of which a server takes the quickest.
 """
 
 import argparse
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 from unittest.mock import patch
 
 from measure import paired_ratio, write_results
@@ -19,6 +20,7 @@ from service import openvino_chain
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 BLOCK_S = 0.1
+WAYS = ("products", "convolutions", "row by row")  # of a lone image, in ``OpenVinoChain``'s order
 
 
 def main() -> None:
@@ -26,6 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=3, help="about, of each ratio")
     pairs = int(parser.parse_args().seconds / BLOCK_S / 2)
+    write_results("lone_image", _ways_of_a_lone_image(pairs))
     whole = patch.object(openvino_chain, "MIN_BATCH_ROWS", 1 << 30)
     convolutions = patch.object(openvino_chain, "with_matrix_products", lambda part, examples: part)
     with whole, convolutions:
@@ -49,6 +52,24 @@ def main() -> None:
         )
         print(rows[-1], flush=True)
     write_results("divided_batches", rows)
+
+
+def _ways_of_a_lone_image(pairs: int) -> list[dict[str, Any]]:
+    engines = []
+    for i in range(len(WAYS)):
+        with patch.object(openvino_chain, "_quickest", lambda ways, *example, i=i: ways[i]):
+            engines.append(partial(_engine(), 1))
+    ratios = [paired_ratio(engines[0], engine, pairs=pairs, block_s=BLOCK_S) for engine in engines]
+    return [
+        {
+            "a lone image": way,
+            "ms": 1000 * r.b_s,
+            "products / it": r.median,
+            "smallest": r.smallest,
+            "largest": r.largest,
+        }
+        for way, r in zip(WAYS, ratios, strict=True)
+    ]
 
 
 def _engine() -> Callable[[int], object]:

@@ -103,8 +103,11 @@ class DefendedClassifier(nn.Module):
         """
         if self.sigma == 0:
             return images
-        noise = self._standard_normal(images, noise)
-        return torch.cat([images, (images + self.sigma * noise).flatten(0, 1)])  # not clamped, as in the paper
+        return torch.cat([images, self.noisy_copies(images, self._standard_normal(images, noise))])
+
+    def noisy_copies(self, images: Tensor, noise: Tensor) -> Tensor:
+        """[n * B, ...] of images [B, ...] and noise [n, B, ...]; not clamped, as in the paper."""
+        return (images + self.sigma * noise).flatten(0, 1)
 
     def judge(self, *values: Tensor, masks: Tensor | None = None) -> DefendedPrediction:
         """Both passes' answers, from what crosses the split for ``with_noisy_copies(images)``.

@@ -1,9 +1,9 @@
 """Both parts of a network by OpenVINO, one after the other: what lies between them stays in OpenVINO's memory."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
-from math import ceil
+from math import ceil, inf
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -22,16 +22,21 @@ if TYPE_CHECKING:
     _Requests = tuple[openvino.InferRequest, openvino.InferRequest]  # to the front, and to the back
 
 Array = NDArray[Any]
+Seconds = tuple[float, float]
+# Inputs of the front and the back's constant -> the back's value, and the seconds that front and back took.
+Way = Callable[[Sequence[Array], Array], tuple[Array, Seconds]]
 
 MAX_STREAMS = 4  # where there are more threads than that, streams have several
 MIN_BATCH_ROWS, MAX_PART_ROWS = 16, 16  # of the front, in a batch that is divided, and in a part of it
+TRIALS = 5  # of each way
 
 
 class OpenVinoChain:
     """``back(*front(*inputs), constant)``, for batches of any size.
 
     Sizes that are common have executables of their own where the front is small, as in ``OpenVinoPart``. Where it is
-    large, larger batches are computed in parts (see ``_Parts``).
+    large, larger batches are computed in parts (see ``_Parts``), and a lone image in the way that is the quickest on
+    this machine: with products of matrices for convolutions or without, or each of its rows by itself.
 
     Args:
         front: in eval mode; of all inputs the first dimension is the batch, of its values it is a multiple of that.
@@ -39,6 +44,8 @@ class OpenVinoChain:
             out takes longer than to do it.
         dtype: of the front. examples: its inputs for two images. constant: the back's last input, which seldom changes.
         threads: of the front. sizes: of batches to be quickest with, ascending.
+        row: of inputs for one image whose last, [1, 1, ...], is a draw of noise: the front's value for that draw; for
+            noise of zeros, its first. None where the front has one row for an image.
 
     Raises:
         EngineError: OpenVINO cannot compile this.
@@ -53,6 +60,7 @@ class OpenVinoChain:
         constant: Tensor,
         threads: int,
         sizes: Sequence[int],
+        row: nn.Module | None = None,
     ) -> None:
         with torch.no_grad():
             between = front(*examples)
@@ -68,37 +76,101 @@ class OpenVinoChain:
         small, streams, rows = fits_fixed_sizes(front, dtype, sizes), min(threads, MAX_STREAMS), len(between[0]) // 2
         with openvino_error(dtype):
             back_model = traced(back, [*between, constant])
-            # A lone row has no other to share its weights with.
-            self._lone_row = requests(traced(front, examples), 1)[0] if rows == 1 and not small else None
             front_model = traced(with_matrix_products(front, examples), examples)
-            self._any_size = requests(front_model, -1)[0]
+            self._any_size = _Whole(*requests(front_model, -1)[0])
             self._fixed: dict[int, _Fixed] = {}
             for size in sizes if small else ():
                 memory = [np.zeros((size, *shape), t) for shape, t in zip(shapes, types, strict=True)]
                 constant_memory = np.zeros(constant.shape, np.float32)
                 self._fixed[size] = _Fixed(*requests(front_model, size)[0], memory, constant_memory)
-            self._parts = None if small else _Parts(requests(front_model, -1, streams, 2 * streams), streams, rows)
+            self._parts: _Parts | None = None
+            self._lone: Way | None = None
+            if small:
+                return
+            self._parts = _Parts(requests(front_model, -1, streams, 2 * streams), streams, rows)
+            plain = requests(traced(front, examples), 1)[0]
+            lone: list[Way] = [self._any_size, _Whole(*plain)]
+            if row and streams > 1:
+                one_draw = [[1, *shapes[0]], [1, 1, *shapes[1][1:]]]
+                each = executable(traced(row, examples), one_draw, dtype, threads, streams)
+                lone.append(_ByRow([each.create_infer_request() for _ in range(rows)], plain[1]))
+            blank = [np.zeros((1, *shape), t) for shape, t in zip(shapes, types, strict=True)]
+            self._lone = _quickest(lone, blank, constant.numpy())
 
-    def __call__(self, inputs: Sequence[Array], constant: Array) -> tuple[Array, tuple[float, float]]:
+    def __call__(self, inputs: Sequence[Array], constant: Array) -> tuple[Array, Seconds]:
         """The back's value, float32, and the seconds that front and back took."""
-        size = fixed_size(len(inputs[0]), list(self._fixed))
+        count = len(inputs[0])
+        size = fixed_size(count, list(self._fixed))
+        way: Way = self._any_size
         if size is not None:
-            return self._fixed[size](inputs, constant)
-        if self._parts and len(inputs[0]) >= self._parts.smallest_batch:
-            return self._parts(inputs, constant)
-        front, back = self._lone_row if self._lone_row and len(inputs[0]) == 1 else self._any_size
+            way = self._fixed[size]
+        elif self._parts and count >= self._parts.smallest_batch:
+            way = self._parts
+        elif self._lone and count == 1:
+            way = self._lone
+        return way(inputs, constant)
+
+
+def _quickest(ways: Sequence[Way], inputs: Sequence[Array], constant: Array) -> Way:
+    """The one that takes the least time; which that is depends on the processor's instructions and caches."""
+    least_s = [inf] * len(ways)
+    for trial in range(1 + TRIALS):
+        for i, way in enumerate(ways):
+            began_s = perf_counter()
+            way(inputs, constant)
+            if trial:  # the first time is longer
+                least_s[i] = min(least_s[i], perf_counter() - began_s)
+    return ways[least_s.index(min(least_s))]
+
+
+def _outputs(front: "openvino.InferRequest") -> list[Array]:
+    return [front.get_output_tensor(i).data for i in range(len(front.model_outputs))]
+
+
+def _back_value(values: Sequence[Array], back: "openvino.InferRequest", constant: Array) -> Array:
+    value: Array = back.infer([*values, constant], share_inputs=True)[0]
+    return value
+
+
+class _Whole:
+    """All at once."""
+
+    def __init__(self, front: "openvino.InferRequest", back: "openvino.InferRequest") -> None:
+        self._front, self._back = front, back
+
+    def __call__(self, inputs: Sequence[Array], constant: Array) -> tuple[Array, Seconds]:
         times = [perf_counter()]
-        front.infer(list(inputs), share_inputs=True, share_outputs=True)
+        self._front.infer(list(inputs), share_inputs=True, share_outputs=True)
         times.append(perf_counter())
-        value = _back_value(front, back, constant)
+        value = _back_value(_outputs(self._front), self._back, constant)
         times.append(perf_counter())
         return value, _differences(times)
 
 
-def _back_value(front: "openvino.InferRequest", back: "openvino.InferRequest", constant: Array) -> Array:
-    values = [front.get_output_tensor(i).data for i in range(len(front.model_outputs))]
-    value: Array = back.infer([*values, constant], share_inputs=True)[0]
-    return value
+class _ByRow:
+    """One image, each of the front's rows by itself: cores that have one each need not wait for each other.
+
+    Args:
+        rows: requests for pixels and one draw of noise, as many as the front has rows for an image.
+    """
+
+    def __init__(self, rows: "Sequence[openvino.InferRequest]", back: "openvino.InferRequest") -> None:
+        self._rows, self._back = rows, back
+
+    def __call__(self, inputs: Sequence[Array], constant: Array) -> tuple[Array, Seconds]:
+        times, (pixels, noise) = [perf_counter()], inputs
+        draws = [np.zeros_like(noise[:, :1]), *np.split(noise, noise.shape[1], axis=1)]
+        try:
+            for row, draw in zip(self._rows, draws, strict=True):
+                row.start_async([pixels, draw], share_inputs=True)
+        finally:  # where one could not be started, the others may still be at work
+            for row in self._rows:
+                row.wait()
+        times.append(perf_counter())
+        values = [np.concatenate(column) for column in zip(*map(_outputs, self._rows), strict=True)]
+        value = _back_value(values, self._back, constant)
+        times.append(perf_counter())
+        return value, _differences(times)
 
 
 class _Parts:
@@ -117,7 +189,7 @@ class _Parts:
         self._requests, self._streams = requests, streams
         self.smallest_batch, self._largest_part = max(streams, MIN_BATCH_ROWS // rows), max(1, MAX_PART_ROWS // rows)
 
-    def __call__(self, inputs: Sequence[Array], constant: Array) -> tuple[Array, tuple[float, float]]:
+    def __call__(self, inputs: Sequence[Array], constant: Array) -> tuple[Array, Seconds]:
         began_s, back_s = perf_counter(), 0.0
         values: list[Array] = []
         under_way: deque[_Requests] = deque()
@@ -127,7 +199,7 @@ class _Parts:
             under_way[0][0].wait()
             front, back = under_way.popleft()
             front_done_s = perf_counter()
-            values.append(_back_value(front, back, constant))
+            values.append(_back_value(_outputs(front), back, constant))
             back_s += perf_counter() - front_done_s
 
         ends = accumulate(part_sizes(len(inputs[0]), self._streams, self._largest_part), initial=0)
@@ -174,7 +246,7 @@ class _Fixed:
         rows = back.get_output_tensor(0).data
         self._rows, self._shape, self._row_bytes = bytes_of(rows), rows.shape[1:], rows[0].nbytes
 
-    def __call__(self, inputs: Sequence[Array], constant: Array) -> tuple[Array, tuple[float, float]]:
+    def __call__(self, inputs: Sequence[Array], constant: Array) -> tuple[Array, Seconds]:
         times = [perf_counter()]
         count = len(inputs[0])
         fill(self._inputs, inputs)
@@ -189,6 +261,6 @@ class _Fixed:
         return rows.reshape(count, *self._shape), _differences(times)
 
 
-def _differences(times: Sequence[float]) -> tuple[float, float]:
+def _differences(times: Sequence[float]) -> Seconds:
     front, back = (after - before for before, after in pairwise(times))
     return front, back

@@ -81,7 +81,8 @@ def openvino_chain(
     """
     examples = [value for value in (torch.from_numpy(pixels), noise) if value is not None]
     front, back = _Front(engine, defended).eval(), _Back(engine, defended).eval()
-    return OpenVinoChain(front, back, engine.dtype, examples, defended.masks, threads, sizes)
+    row = None if noise is None else _NoisyFront(engine, defended).eval()
+    return OpenVinoChain(front, back, engine.dtype, examples, defended.masks, threads, sizes, row)
 
 
 class _Front(nn.Module):
@@ -93,6 +94,15 @@ class _Front(nn.Module):
 
     def forward(self, pixels: Tensor, noise: Tensor | None = None) -> tuple[Tensor, ...]:
         values: tuple[Tensor, ...] = self.trunk(_with_noisy_copies(self._defended[0], pixels, noise))
+        return values
+
+
+class _NoisyFront(_Front):
+    """Pixels and noise -> what crosses the split for the noisy copies alone, [n * B, ...]."""
+
+    def forward(self, pixels: Tensor, noise: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override] # never without
+        copies = self._defended[0].noisy_copies(to_images(pixels), noise.transpose(0, 1))
+        values: tuple[Tensor, ...] = self.trunk(copies)
         return values
 
 

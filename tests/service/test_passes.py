@@ -86,6 +86,36 @@ def test_the_rows_are_those_of_the_defended_classifier(layer, compiler, sizes, t
 
 
 @needs_openvino
+@pytest.mark.parametrize("draws", [1, 3])
+@pytest.mark.parametrize("way", [0, 1, 2])  # products of matrices, convolutions, row by row
+def test_a_lone_image_s_rows_are_the_same_by_each_way(way, draws, monkeypatch):
+    monkeypatch.setattr("service.openvino_part.FIXED_WEIGHTS_BYTES", 0)
+    monkeypatch.setattr("service.matrix_convolution.MIN_WEIGHTS", 0)
+    monkeypatch.setattr(openvino_chain_module, "_quickest", lambda ways, *example: ways[way])
+    split, engine = engine_at("layer4", "openvino")
+    passes = passes_of(engine, defended_by(engine, 0, 0.1, draws), LARGE)
+    for _ in range(3):
+        given = inputs(1, 0.1, draws)
+        assert_rows_of(passes(*given), defended_by(split, 0, 0.1, draws), *given)
+
+
+def test_the_quickest_way_is_the_one_that_takes_the_least_time_but_for_its_first(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(openvino_chain_module, "perf_counter", lambda: clock[0])
+
+    def way_of(*takes_s):
+        left = iter(takes_s)
+
+        def way(inputs, constant):
+            clock[0] += next(left)
+
+        return way
+
+    disturbed, steady, early = way_of(9, 9, 2, 9, 9, 9), way_of(3, 3, 3, 3, 3, 3), way_of(1, 4, 4, 4, 4, 4)
+    assert openvino_chain_module._quickest([steady, disturbed, early], [], None) is disturbed
+
+
+@needs_openvino
 def test_importances_share_executables_and_keep_their_own_masks():
     split, engine = engine_at("linear:input", "openvino")
     defenses = {seed: defended_by(engine, seed) for seed in (1, 2)}
