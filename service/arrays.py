@@ -65,6 +65,8 @@ def _read_npy(body: bytes) -> tuple[tuple[int, ...], memoryview]:
         shape, fortran_order, dtype = read_header(stream)
     except Exception as error:  # it evaluates the header as a literal, which can fail in many ways
         raise Unprocessable(f"expected an array as numpy.save writes it ({error}); send that") from error
+    if any(isinstance(n, int) and n.bit_length() > 63 for n in shape):  # Python refuses to print longer ones
+        raise Unprocessable("expected an array as numpy.save writes it, got one with more than 2**63 rows; send that")
     if dtype != np.uint8 or fortran_order or any(not isinstance(n, int) or n < 0 for n in shape):
         order = ", in Fortran order" if fortran_order else ""
         raise Unprocessable(

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from typing import Any, cast
 
 from starlette.responses import Response
@@ -14,9 +15,13 @@ from service.direct import DirectRequest, may_be_direct
 from service.middleware import RequestContext, id_header
 from service.runtime import Runtime
 
-HOLD_S = 0.005  # for the rest of a request: many clients send head and body one after the other
+HOLD_S, LOOK_S = 0.005, 0.001  # for the rest of a request: many clients send head and body one after the other
 
 logger = logging.getLogger(__name__)
+
+
+def _nothing() -> None:
+    """Nobody is to be told."""
 
 
 class Connection(HttpToolsProtocol):
@@ -44,7 +49,7 @@ class Connection(HttpToolsProtocol):
         super().data_received(data)
         self._receiving = False
         if self._held and not self._give_up:
-            self._give_up = self.loop.call_later(HOLD_S, self._start_held)
+            self._give_up = self.loop.call_later(HOLD_S, self._start_held_after_a_look)
 
     def on_message_complete(self) -> None:
         """The parser has seen a whole request."""
@@ -52,6 +57,7 @@ class Connection(HttpToolsProtocol):
         held = self._take_held()
         if not held:
             return
+        self._receiving = False  # one in a turn of the loop: others are to have theirs, whatever is refused here
         try:
             self._begin(held)
         except Exception:  # the parser would take it for a fault of the client's
@@ -62,16 +68,25 @@ class Connection(HttpToolsProtocol):
         """The client left, or the answer was the last."""
         super().connection_lost(exc)
         self._start_held()
-        if self._direct:
-            self._direct.leave()
+        if direct := self._direct:
+            self._direct = None
+            direct.leave()
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         # Where uvicorn calls this otherwise, everything goes to the application.
+        if self.transport.is_closing():  # after a refusal that was the connection's last
+            return
+        self._unset_keepalive_if_required()  # a request before this one may have been refused a moment ago
         waits = cycle.waiting_for_100_continue or self.flow.write_paused
         if self._receiving and app is self.app and not waits and may_be_direct(cast(Scope, cycle.scope)):
             self._held = cycle
+            cycle.scope["state"]["arrived_at"] = time.perf_counter()
         else:
             super()._start_asgi_task(cycle, app)
+
+    def _start_held_after_a_look(self) -> None:
+        """A busy loop comes to its timers before it reads: the rest may have been there all the time."""
+        self._give_up = self.loop.call_later(LOOK_S, self._start_held)
 
     def _start_held(self) -> None:
         if held := self._take_held():
@@ -87,11 +102,19 @@ class Connection(HttpToolsProtocol):
     def _begin(self, cycle: RequestResponseCycle) -> None:
         def respond(response: Response) -> None:
             self._direct = None
-            self._write(cycle, response)
+            try:
+                self._write(cycle, response)
+            except Exception:
+                self.transport.close()
+                raise
 
         request = DirectRequest(self._context, self._runtime, cast(Scope, cycle.scope), respond)
         self._direct = request  # it may be over before the next line
-        if not request.begin(bytes(cycle.body)):
+        body = bytes(cycle.body)
+        if request.begin(body):
+            # Nobody counts what the one holds, and with the other only the collector would find the two of us.
+            cycle.body, cycle.on_response = bytearray(), _nothing
+        else:
             self._direct = None
             super()._start_asgi_task(cycle, self.app)
 
@@ -109,4 +132,4 @@ class Connection(HttpToolsProtocol):
         cycle.response_started = cycle.response_complete = True
         if not cycle.keep_alive:
             self.transport.close()
-        cycle.on_response()
+        self.on_response_complete()

@@ -81,9 +81,15 @@ class DirectRequest:
 
     def leave(self) -> None:
         """The client has left: the device need not see its image any more."""
-        if self._answer:
+        if not self._answer:
+            return
+        before = log_context.get()
+        log_context.set(self._scope["state"]["known"])
+        try:
             self._let_go()
             self._context.end(self._scope, LEFT, self._received)
+        finally:
+            log_context.set(before)
 
     def _enqueue(self, body: bytes) -> None:
         runtime, scope = self._runtime, self._scope
@@ -112,7 +118,8 @@ class DirectRequest:
         return cast(Pixels, pixels[0])
 
     def _answered(self, answer: "asyncio.Future[Answer]") -> None:
-        if self._answer is None:  # nobody waits any more
+        if self._answer is None:  # nobody waits any more; an error is looked at, or asyncio would log it
+            answer.cancelled() or answer.exception()
             return
         try:
             rows, batch = answer.result()
@@ -128,6 +135,7 @@ class DirectRequest:
         self._fail(deadline_exceeded(self._runtime.settings.deadline_s))
 
     def _fail(self, error: Exception) -> None:
+        self._let_go()
         self._end(*self._context.refusal(self._scope, error))
 
     def _let_go(self) -> None:

@@ -85,7 +85,9 @@ class RequestContext:
         """Note that a request has come; its headers."""
         headers = dict(scope["headers"])
         request_id = _request_id(headers.get(b"x-request-id"))
-        scope.setdefault("state", {}).update(request_id=request_id, arrived_at=time.perf_counter())
+        state = scope.setdefault("state", {})
+        state["request_id"] = request_id
+        state.setdefault("arrived_at", time.perf_counter())  # the connection may have noted it already
         self.log.begin(scope, headers)
         return headers
 

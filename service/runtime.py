@@ -156,7 +156,8 @@ class Runtime:
         """Answer what was admitted, then let go of everything."""
         if self._opening:
             self._opening.cancel()
-        await self.batcher.drain(self.settings.drain_s)
+        # A server that was told to stop has waited for them already, for as long as it may.
+        await self.batcher.drain(0 if self.leaving else self.settings.drain_s)
         await asyncio.to_thread(self._close_store)
         self._decoder.shutdown()
         self._device.shutdown(wait=False, cancel_futures=True)

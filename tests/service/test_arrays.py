@@ -73,6 +73,7 @@ def test_bytes_that_are_no_images_of_this_network_are_refused(body, shape, fragm
         (npy(np.asfortranarray(PIXELS)), "in Fortran order"),
         (npy(PIXELS[:0]), "got [0, 4, 6, 3]"),
         (npy(PIXELS[0]), "got [4, 6, 3]"),
+        (with_header(f"{{'descr': '|u1', 'fortran_order': False, 'shape': (0x1{'0' * 5000}, 1)}}"), "more than 2**63"),
         (npy(np.array([{}], dtype=object), allow_pickle=True), "got object"),
         (with_header("{'descr': '|u1', 'fortran_order': False, 'shape': (-5, 4, 6, 3)}"), "[-5, 4, 6, 3]"),
         (with_header("{'descr': '|u1', 'fortran_order': False, 'shape': (10**9, 4, 6, 3)}"), "numpy.save"),

@@ -1,9 +1,12 @@
 """The short way of small classifications: no task, and nobody who sends one notices anything of it."""
 
 import asyncio
+import gc
 import io
 import logging
 import threading
+import time
+import weakref
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
 
@@ -19,9 +22,10 @@ from uvicorn.server import ServerState
 from defense.model_config import InputConfig
 from service.answers import Answer, BatchRun
 from service.batching import Batcher
-from service.connection import Connection
+from service.connection import HOLD_S, Connection
 from service.decoding import Decoder
 from service.device import Device
+from service.direct import DirectRequest
 from service.logs import log_context
 from service.metrics import Metrics
 from service.middleware import BodyLimit, RequestContext
@@ -343,6 +347,136 @@ def test_a_client_that_leaves_in_the_middle_of_its_body_is_counted():
     run(scenario)
 
 
+def test_one_that_waits_behind_one_on_its_short_way_is_answered_after_it():
+    async def scenario():
+        async with serving() as (service, connect):
+            service.may_go_on.clear()
+            reader, writer = await connect()
+            writer.write(request_of(png(), KEY) * 2)
+            await asyncio.to_thread(service.at_work.wait, 20)
+            await asyncio.sleep(0.05)
+            assert not service.asked
+            service.may_go_on.set()
+            assert [(await read_answer(reader))[0] for _ in range(2)] == [200, 418]
+
+    run(scenario)
+
+
+def test_nothing_is_begun_behind_an_answer_that_was_the_connection_s_last():
+    async def scenario():
+        async with serving() as (service, connect):
+            service.limit.max_body_bytes = 1000
+            reader, writer = await connect()
+            writer.write(request_of(bytes(2000), KEY) + request_of(b"{}", KEY, media_type="application/json"))
+            status, headers, _ = await read_answer(reader)
+            assert (status, headers["connection"]) == (413, "close") and await reader.read() == b""
+            assert not service.asked and service.is_empty
+
+    run(scenario)
+
+
+def test_a_body_that_came_while_the_loop_was_busy_is_not_late():
+    async def scenario():
+        async with serving() as (service, connect):
+            (slow, slow_writer), (other, other_writer) = await connect(), await connect()
+            client, enqueue = slow_writer.get_extra_info("socket").dup(), service.enqueue
+
+            def busy_enqueue(*given):  # in the phase of the loop in which it reads, before that of its timers
+                service.enqueue = enqueue
+                client.send(png())
+                time.sleep(4 * HOLD_S)
+                return enqueue(*given)
+
+            client.send(head(len(png()), KEY))
+            while not any(connection._give_up for connection in service.state.connections):  # noqa: ASYNC110 - for 5 ms
+                await asyncio.sleep(0)
+            service.enqueue = busy_enqueue
+            other_writer.write(request_of(png(), KEY))
+            assert [(await read_answer(reader))[0] for reader in (other, slow)] == [200, 200]
+            client.close()
+
+    run(scenario)
+
+
+def test_a_connection_that_was_closed_needs_no_collector():
+    async def scenario():
+        async with serving() as (service, connect):
+            for leaves in (False, True):
+                reader, writer = await connect()
+                writer.write(request_of(png(), KEY))
+                assert (await read_answer(reader))[0] == 200
+                connection = weakref.ref(next(iter(service.state.connections)))
+                assert not connection().cycle.body
+                if leaves:
+                    service.may_go_on.clear()
+                    writer.write(request_of(png(), KEY))
+                    await until(lambda: service.batcher.in_flight)
+                writer.close()
+                await until(lambda: not service.state.connections)
+                service.may_go_on.set()
+                await until(lambda: service.batcher.depth == 0)
+                await asyncio.sleep(0.05)
+                assert connection() is None
+
+    gc.collect()
+    gc.disable()
+    try:
+        run(scenario)
+    finally:
+        gc.enable()
+
+
+def test_a_client_that_left_is_logged_under_its_request_s_id(monkeypatch):
+    logged = []
+
+    async def scenario():
+        async with serving() as (service, connect):
+            monkeypatch.setattr(service.context.log, "end", lambda *given: logged.append((given[1], log_context.get())))
+            service.may_go_on.clear()
+            _, writer = await connect()
+            writer.write(request_of(png(), KEY, "X-Request-ID: mine"))
+            await until(lambda: service.batcher.in_flight)
+            writer.close()
+            await until(lambda: logged)
+
+    run(scenario)
+    assert logged == [(499, {"request_id": "mine"})]
+
+
+def test_an_error_that_nobody_waits_for_any_more_is_no_news(caplog):
+    async def scenario():
+        async with serving() as (service, _):
+            future, answers = asyncio.get_running_loop().create_future(), []
+            service.enqueue = lambda defense, image, future=future: future
+            headers = [(b"content-type", b"image/png"), (b"authorization", b"Bearer sesame")]
+            scope = {"path": "/classify", "method": "POST", "query_string": b"", "headers": headers}
+            request = DirectRequest(service.context, service, scope, answers.append)
+            assert request.begin(png())
+            future.set_exception(ValueError("the batch failed"))
+            request.leave()
+            await asyncio.sleep(0)
+            del request, future, service.enqueue
+            gc.collect()
+            assert not answers and service.is_empty
+
+    run(scenario)
+    assert not caplog.records
+
+
+def test_an_answer_that_cannot_be_sent_closes_the_connection(monkeypatch):
+    async def scenario():
+        async with serving() as (service, connect):
+            monkeypatch.setattr(Connection, "_write", lambda *given: 1 / 0)
+            asyncio.get_running_loop().set_exception_handler(lambda loop, context: errors.append(context["exception"]))
+            reader, writer = await connect()
+            writer.write(request_of(png(), KEY))
+            assert await asyncio.wait_for(reader.read(), 20) == b"" and service.is_empty
+
+    errors = []
+    run(scenario)
+    assert [type(error) for error in errors] == [ZeroDivisionError]
+
+
 def test_requests_sent_ahead_are_answered_in_their_order():
     async def scenario():
         async with serving() as (service, connect):
@@ -352,8 +486,8 @@ def test_requests_sent_ahead_are_answered_in_their_order():
             writer.write(bad + b"".join(request_of(png(), KEY, request_id) for request_id in ids))
             answers = [await read_answer(reader) for _ in range(7)]
             assert [headers["x-request-id"] for _, headers, _ in answers] == ["bad", *"012345"]
-            # The second is on its short way when the third comes, which therefore waits for it, and the others behind.
-            assert [status for status, _, _ in answers] == [400, 200, *[418] * 5] and service.is_empty
+            # One takes the short way in a turn of the loop: many would keep other clients waiting.
+            assert [status for status, _, _ in answers] == [400, *[418] * 6] and service.is_empty
 
     run(scenario)
 
