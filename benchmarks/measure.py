@@ -122,7 +122,7 @@ def plot_bars(name: str, labels: Sequence[str], bars: dict[str, Sequence[float]]
     axes.set_xticks([group + 0.4 - width / 2 for group in range(len(labels))], labels, fontsize=7)
     axes.set(ylabel=ylabel, title=title)
     axes.margins(y=0.15)
-    axes.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside right upper")  # inside it would hide bars
     save_plot(name, figure)
 
 
