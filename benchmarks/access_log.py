@@ -10,13 +10,15 @@ import argparse
 import os
 import statistics
 import time
+from collections.abc import Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measure import write_results
+from measure import in_turns, write_results
 from peers.load import saturate
 from server import Server, igd_server
 
@@ -42,15 +44,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=6, help="of each run")
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
-    off: list[Run] = []
-    on: list[Run] = []
     with igd_server(BUNDLED, access_log=False) as without, igd_server(BUNDLED, access_log=True) as with_lines:
         for server in (without, with_lines):
             _run(server, arguments.seconds / 2)
-        for number in range(arguments.rounds):
-            turns = [(off, without), (on, with_lines)]
-            for runs, server in turns if number % 2 == 0 else reversed(turns):
-                runs.append(_run(server, arguments.seconds))
+        sides = (partial(_run, server, arguments.seconds) for server in (without, with_lines))
+        off, on = zip(*in_turns(*sides, arguments.rounds), strict=True)
     rows = [_row("requests/s", "requests_per_s", off, on), _row("CPU us/request", "cpu_us", off, on)]
     alone = {"what": "the log alone, us", "without": _log_us(every=False), "with a line each": _log_us(every=True)}
     rows.append(dict.fromkeys(rows[0], "") | alone)
@@ -79,19 +77,13 @@ def _ended_request() -> dict[str, Any]:
 
 
 def _run(server: Server, seconds: float) -> Run:
-    began_s = _cpu_s(server.pid)
+    began_s = server.cpu_s()
     found = saturate(server.url, CONNECTIONS, seconds, bodies=sample_files(BUNDLED))
     requests = found.requests_per_s * max(1, round(seconds))
-    return Run(found.requests_per_s, 1e6 * (_cpu_s(server.pid) - began_s) / requests)
+    return Run(found.requests_per_s, 1e6 * (server.cpu_s() - began_s) / requests)
 
 
-def _cpu_s(pid: int) -> float:
-    """Seconds of processor time that a process has had."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def _row(name: str, attribute: str, off: list[Run], on: list[Run]) -> dict[str, Any]:
+def _row(name: str, attribute: str, off: Sequence[Run], on: Sequence[Run]) -> dict[str, Any]:
     ratios = [getattr(b, attribute) / getattr(a, attribute) for a, b in zip(off, on, strict=True)]
     return {
         "what": name,

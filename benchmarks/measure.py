@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import matplotlib
 import torch
@@ -16,6 +16,8 @@ from matplotlib.figure import Figure
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+
+T = TypeVar("T")
 
 RESULTS = Path(os.environ.get("BENCHMARK_RESULTS") or Path(__file__).parent / "results")
 
@@ -39,6 +41,18 @@ def seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
+def in_turns(a: Callable[[], T], b: Callable[[], T], rounds: int) -> list[tuple[T, T]]:
+    """What ``a`` and ``b`` gave, round by round; which of them goes first alternates."""
+    pairs = []
+    for i in range(rounds):
+        if i % 2:
+            of_b, of_a = b(), a()
+        else:
+            of_a, of_b = a(), b()
+        pairs.append((of_a, of_b))
+    return pairs
+
+
 def paired_ratio(
     a: Callable[[], object], b: Callable[[], object], *, pairs: int = 15, warm_up: int = 2, block_s: float = 0.0
 ) -> Ratio:
@@ -51,13 +65,7 @@ def paired_ratio(
     """
     for _ in range(warm_up):
         a(), b()
-    times = []
-    for i in range(pairs):
-        if i % 2:
-            b_s, a_s = _turn_s(b, block_s), _turn_s(a, block_s)
-        else:
-            a_s, b_s = _turn_s(a, block_s), _turn_s(b, block_s)
-        times.append((a_s, b_s))
+    times = in_turns(lambda: _turn_s(a, block_s), lambda: _turn_s(b, block_s), pairs)
     ratios = [a_s / b_s for a_s, b_s in times]
     medians = (statistics.median(side) for side in zip(*times, strict=True))
     return Ratio(*medians, statistics.median(ratios), min(ratios), max(ratios), pairs)

@@ -10,10 +10,11 @@ import argparse
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from measure import write_results
+from measure import in_turns, write_results
 from peers.load import Saturation, saturate
 from server import Server, igd_server
 
@@ -41,12 +42,8 @@ def main() -> None:
 def _measure(engine: str, seconds: float, rounds: int) -> Iterator[dict[str, Any]]:
     with _served(ENGINES[engine]) as short, _served(f"{ENGINES[engine]}\n{BY_ASGI}") as long:
         for connections in CONNECTIONS:
-            pairs = []
-            for number in range(rounds):
-                turns = (short, long) if number % 2 == 0 else (long, short)
-                found = {server: _run(server, connections, seconds) for server in turns}
-                pairs.append((found[short], found[long]))
-            yield _row(engine, connections, pairs)
+            sides = (partial(_run, server, connections, seconds) for server in (short, long))
+            yield _row(engine, connections, in_turns(*sides, rounds))
 
 
 @contextmanager

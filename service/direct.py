@@ -81,15 +81,10 @@ class DirectRequest:
 
     def leave(self) -> None:
         """The client has left: the device need not see its image any more."""
-        if not self._answer:
-            return
-        before = log_context.get()
-        log_context.set(self._scope["state"]["known"])
-        try:
+        if self._answer:
+            log_context.set(self._scope["state"]["known"])  # in the connection's context, which ends with it
             self._let_go()
             self._context.end(self._scope, LEFT, self._received)
-        finally:
-            log_context.set(before)
 
     def _enqueue(self, body: bytes) -> None:
         runtime, scope = self._runtime, self._scope
@@ -121,6 +116,7 @@ class DirectRequest:
         if self._answer is None:  # nobody waits any more; an error is looked at, or asyncio would log it
             answer.cancelled() or answer.exception()
             return
+        self._let_go()
         try:
             rows, batch = answer.result()
             found = Classified([rows], [batch], self._queued_at)
@@ -148,7 +144,6 @@ class DirectRequest:
         self._places = 0
 
     def _end(self, response: Response, reason: str | None = None) -> None:
-        self._let_go()
         try:
             self._respond(response)
         finally:
