@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 from math import ceil, inf
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from service.compilers import openvino_error
 from service.matrix_convolution import with_matrix_products
 from service.openvino_part import bytes_of, executable, fill, fits_fixed_sizes, fixed_size, traced
+from service.winograd import winograd_variants
 
 if TYPE_CHECKING:
     import openvino
@@ -25,18 +26,20 @@ Array = NDArray[Any]
 Seconds = tuple[float, float]
 # Inputs of the front and the back's constant -> the back's value, and the seconds that front and back took.
 Way = Callable[[Sequence[Array], Array], tuple[Array, Seconds]]
+AnyWay = TypeVar("AnyWay", bound=Way)
 
 MAX_STREAMS = 4  # where there are more threads than that, streams have several
 MIN_BATCH_ROWS, MAX_PART_ROWS = 16, 16  # of the front, in a batch that is divided, and in a part of it
-TRIALS = 5  # of each way
+TRIALS, TRIALS_S = 5, 2  # of each way; of all together, after which no more are begun
 
 
 class OpenVinoChain:
     """``back(*front(*inputs), constant)``, for batches of any size.
 
     Sizes that are common have executables of their own where the front is small, as in ``OpenVinoPart``. Where it is
-    large, larger batches are computed in parts (see ``_Parts``), and a lone image in the way that is the quickest on
-    this machine: with products of matrices for convolutions or without, or each of its rows by itself.
+    large, the quickest ways on this machine are found by trial: for batches, which are computed in parts (see
+    ``_Parts``), how many of the convolutions are Winograd's; for a lone image, products of matrices for convolutions or
+    none, or each of its rows by itself.
 
     Args:
         front: in eval mode; of all inputs the first dimension is the batch, of its values it is a multiple of that.
@@ -64,38 +67,32 @@ class OpenVinoChain:
     ) -> None:
         with torch.no_grad():
             between = front(*examples)
-        shapes = [list(e.shape[1:]) for e in examples]
-        types = [e.numpy().dtype for e in examples]
-
-        def requests(model: "openvino.Model", size: int, streams: int = 1, number: int = 1) -> "list[_Requests]":
-            first = executable(model, [[size, *shape] for shape in shapes], dtype, threads, streams)
-            crossing = [value.partial_shape for value in first.outputs]
-            second = executable(back_model, [*crossing, constant.shape], torch.float32, 1)
-            return [(first.create_infer_request(), second.create_infer_request()) for _ in range(number)]
-
-        small, streams, rows = fits_fixed_sizes(front, dtype, sizes), min(threads, MAX_STREAMS), len(between[0]) // 2
+        self._fixed: dict[int, _Fixed] = {}
+        self._parts: _Parts | None = None
+        self._lone: Way | None = None
         with openvino_error(dtype):
-            back_model = traced(back, [*between, constant])
-            front_model = traced(with_matrix_products(front, examples), examples)
-            self._any_size = _Whole(*requests(front_model, -1)[0])
-            self._fixed: dict[int, _Fixed] = {}
-            for size in sizes if small else ():
-                memory = [np.zeros((size, *shape), t) for shape, t in zip(shapes, types, strict=True)]
-                constant_memory = np.zeros(constant.shape, np.float32)
-                self._fixed[size] = _Fixed(*requests(front_model, size)[0], memory, constant_memory)
-            self._parts: _Parts | None = None
-            self._lone: Way | None = None
-            if small:
+            compiler = _Compiler(traced(back, [*between, constant]), dtype, examples, constant, threads)
+            model = compiler.traced(with_matrix_products(front, examples))
+            self._any_size = _Whole(*compiler.requests(model, -1)[0])
+            if fits_fixed_sizes(front, dtype, sizes):
+                for size in sizes:
+                    memory = compiler.blank(size), np.zeros(constant.shape, np.float32)
+                    self._fixed[size] = _Fixed(*compiler.requests(model, size)[0], *memory)
                 return
-            self._parts = _Parts(requests(front_model, -1, streams, 2 * streams), streams, rows)
-            plain = requests(traced(front, examples), 1)[0]
+            rows, streams = len(between[0]) // 2, min(threads, MAX_STREAMS)
+            self._parts = _Parts(compiler.requests(model, -1, streams, 2 * streams), streams, rows)
+            for variant in winograd_variants(front, dtype, examples):  # one at a time: their kernels take memory
+                model = compiler.traced(with_matrix_products(variant, examples))
+                parts = _Parts(compiler.requests(model, -1, streams, 2 * streams), streams, rows)
+                blank = compiler.blank(parts.full_batch)
+                if _quickest([self._parts, parts], blank, constant.numpy()) is self._parts:
+                    break  # where its share of the convolutions does not gain, more of them do not either
+                self._parts = parts
+            plain = compiler.requests(compiler.traced(front), 1)[0]
             lone: list[Way] = [self._any_size, _Whole(*plain)]
             if row and streams > 1:
-                one_draw = [[1, *shapes[0]], [1, 1, *shapes[1][1:]]]
-                each = executable(traced(row, examples), one_draw, dtype, threads, streams)
-                lone.append(_ByRow([each.create_infer_request() for _ in range(rows)], plain[1]))
-            blank = [np.zeros((1, *shape), t) for shape, t in zip(shapes, types, strict=True)]
-            self._lone = _quickest(lone, blank, constant.numpy())
+                lone.append(_ByRow(compiler.row_requests(row, rows, streams), plain[1]))
+            self._lone = _quickest(lone, compiler.blank(1), constant.numpy())
 
     def __call__(self, inputs: Sequence[Array], constant: Array) -> tuple[Array, Seconds]:
         """The back's value, float32, and the seconds that front and back took."""
@@ -111,15 +108,55 @@ class OpenVinoChain:
         return way(inputs, constant)
 
 
-def _quickest(ways: Sequence[Way], inputs: Sequence[Array], constant: Array) -> Way:
+class _Compiler:
+    """Makes executables of fronts, and of the back that follows them.
+
+    Args:
+        back: as OpenVINO's model. The others: see ``OpenVinoChain``.
+    """
+
+    def __init__(
+        self, back: "openvino.Model", dtype: torch.dtype, examples: Sequence[Tensor], constant: Tensor, threads: int
+    ) -> None:
+        self._back, self._dtype, self._threads = back, dtype, threads
+        self._examples, self._constant_shape = examples, constant.shape
+        self._shapes = [list(e.shape[1:]) for e in examples]
+
+    def traced(self, front: nn.Module) -> "openvino.Model":
+        """A front as OpenVINO's model."""
+        return traced(front, self._examples)
+
+    def blank(self, count: int) -> list[Array]:
+        """Inputs of zeros for so many images."""
+        return [np.zeros((count, *e.shape[1:]), e.numpy().dtype) for e in self._examples]
+
+    def requests(self, front: "openvino.Model", size: int, streams: int = 1, number: int = 1) -> "list[_Requests]":
+        """To front and back, for batches of this size; -1 is any."""
+        shapes = [[size, *shape] for shape in self._shapes]
+        first = executable(front, shapes, self._dtype, self._threads, streams)
+        crossing = [value.partial_shape for value in first.outputs]
+        second = executable(self._back, [*crossing, self._constant_shape], torch.float32, 1)
+        return [(first.create_infer_request(), second.create_infer_request()) for _ in range(number)]
+
+    def row_requests(self, row: nn.Module, number: int, streams: int) -> "list[openvino.InferRequest]":
+        """To a module that computes one row of one image: see ``OpenVinoChain``."""
+        pixels, noise = self._shapes
+        shapes = [[1, *pixels], [1, 1, *noise[1:]]]
+        each = executable(self.traced(row), shapes, self._dtype, self._threads, streams)
+        return [each.create_infer_request() for _ in range(number)]
+
+
+def _quickest(ways: Sequence[AnyWay], inputs: Sequence[Array], constant: Array) -> AnyWay:
     """The one that takes the least time; which that is depends on the processor's instructions and caches."""
-    least_s = [inf] * len(ways)
+    least_s, began_s = [inf] * len(ways), perf_counter()
     for trial in range(1 + TRIALS):
+        if trial > 1 and perf_counter() - began_s > TRIALS_S:
+            break
         for i, way in enumerate(ways):
-            began_s = perf_counter()
+            way_began_s = perf_counter()
             way(inputs, constant)
             if trial:  # the first time is longer
-                least_s[i] = min(least_s[i], perf_counter() - began_s)
+                least_s[i] = min(least_s[i], perf_counter() - way_began_s)
     return ways[least_s.index(min(least_s))]
 
 
@@ -188,6 +225,7 @@ class _Parts:
     def __init__(self, requests: "list[_Requests]", streams: int, rows: int) -> None:
         self._requests, self._streams = requests, streams
         self.smallest_batch, self._largest_part = max(streams, MIN_BATCH_ROWS // rows), max(1, MAX_PART_ROWS // rows)
+        self.full_batch = streams * self._largest_part  # the smallest whose parts are all of the largest size
 
     def __call__(self, inputs: Sequence[Array], constant: Array) -> tuple[Array, Seconds]:
         began_s, back_s = perf_counter(), 0.0

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from defense import DefendedClassifier, SplitClassifier
 from defense.resnet import CifarResNet
 from service import openvino_chain as openvino_chain_module
+from service import winograd
 from service.compilers import Compiler
 from service.engine import EngineSplit, StageClock
 from service.passes import OpenVinoPasses, PyTorchPasses, agreement, openvino_chain, to_images
@@ -91,12 +92,61 @@ def test_the_rows_are_those_of_the_defended_classifier(layer, compiler, sizes, t
 def test_a_lone_image_s_rows_are_the_same_by_each_way(way, draws, monkeypatch):
     monkeypatch.setattr("service.openvino_part.FIXED_WEIGHTS_BYTES", 0)
     monkeypatch.setattr("service.matrix_convolution.MIN_WEIGHTS", 0)
-    monkeypatch.setattr(openvino_chain_module, "_quickest", lambda ways, *example: ways[way])
+    of_a_lone_image = {1: way}
+    monkeypatch.setattr(
+        openvino_chain_module, "_quickest", lambda ways, inputs, _: ways[of_a_lone_image.get(len(inputs[0]), 0)]
+    )
     split, engine = engine_at("layer4", "openvino")
     passes = passes_of(engine, defended_by(engine, 0, 0.1, draws), LARGE)
     for _ in range(3):
         given = inputs(1, 0.1, draws)
         assert_rows_of(passes(*given), defended_by(split, 0, 0.1, draws), *given)
+
+
+@needs_openvino
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # tiles of 4 values, and of 2
+@pytest.mark.parametrize("refused_after", [1, 2])
+def test_a_batch_s_rows_are_the_same_by_winograd_s_convolutions(refused_after, dtype, monkeypatch):
+    monkeypatch.setattr("service.openvino_part.FIXED_WEIGHTS_BYTES", 0)
+    monkeypatch.setattr("service.winograd.MIN_CHANNELS", 1)
+    monkeypatch.setattr("service.winograd.LARGEST_MAPS", (1, 4, 16))
+    used, refused = [], []
+
+    def of_dtype(part, dtype_, examples):  # computed in float32 all the same, to compare
+        for variant in winograd.winograd_variants(part, dtype, examples):
+            used.append([n for n, m in variant.named_modules() if isinstance(m, winograd.WinogradConvolution)])
+            yield variant
+
+    def quickest(ways, inputs, constant):
+        way = ways[len(inputs[0]) > 1 and len(used) <= refused_after]
+        refused.extend(set(ways) - {way})
+        return way
+
+    monkeypatch.setattr(openvino_chain_module, "winograd_variants", of_dtype)
+    monkeypatch.setattr(openvino_chain_module, "_quickest", quickest)
+    split, engine = engine_at("layer4", "openvino")
+    passes = passes_of(engine, defended_by(engine), LARGE)
+    assert [len(names) for names in used] == [3, 6, 9][: refused_after + 1]
+    assert passes._chain._parts not in refused
+    for batch in (1, 2, 7, 19, 150):
+        given = inputs(batch, 0.1, 1)
+        assert_rows_of(passes(*given), defended_by(split), *given)
+
+
+def test_trials_end_when_they_have_taken_too_long(monkeypatch):
+    clock, called = [0.0], []
+    monkeypatch.setattr(openvino_chain_module, "perf_counter", lambda: clock[0])
+
+    def way_of(name, takes_s):
+        def way(inputs, constant):
+            called.append(name)
+            clock[0] += takes_s
+
+        return way
+
+    slow, slower = way_of("slow", 10), way_of("slower", 11)
+    assert openvino_chain_module._quickest([slower, slow], [], None) is slow
+    assert called == ["slower", "slow"] * 2  # the first time is not counted
 
 
 def test_the_quickest_way_is_the_one_that_takes_the_least_time_but_for_its_first(monkeypatch):
@@ -107,7 +157,7 @@ def test_the_quickest_way_is_the_one_that_takes_the_least_time_but_for_its_first
         left = iter(takes_s)
 
         def way(inputs, constant):
-            clock[0] += next(left)
+            clock[0] += next(left) / 100
 
         return way
 
