@@ -2,14 +2,14 @@
 
     python benchmarks/divided_batches.py [--seconds 3] [--dtype float32]
 
-Four engines in turns, each as ``igd serve`` has it but for what it lacks: convolutions, batches whole; products of
-matrices for those of the smallest maps, batches whole; these in parts; and in parts with as many of Winograd's
-convolutions as are quickest here, as served. Parts are for a server, whose event loop keeps a thread from its
-processor: here is what they cost without one. And the three ways of a lone image, of which a server takes the quickest.
+Five engines in turns: convolutions, batches whole; products of matrices for those of the smallest maps, batches whole;
+both in parts; and as served, in parts with what a trial at load found the quickest here of convolutions, products and
+more or less of Winograd's. Parts are for a server, whose event loop keeps a thread from its processor: here is what
+they cost without one. And the three ways of a lone image, of which a server takes the quickest.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -39,27 +39,35 @@ def main() -> None:
 def _ways_of_batches(dtype: str, pairs: int) -> list[dict[str, Any]]:
     whole = patch.object(openvino_chain, "MIN_BATCH_ROWS", 1 << 30)
     convolutions = patch.object(openvino_chain, "with_matrix_products", lambda part, examples: part)
-    without_winograd = patch.object(openvino_chain, "winograd_variants", lambda *given: [])
-    with without_winograd:
-        with whole, convolutions:
-            plain = _engine(dtype)
-        with whole:
-            products = _engine(dtype)
-        parts = _engine(dtype)
+    always_products = patch.object(openvino_chain, "_quickest", lambda ways, *given: ways[-1])
+    with patch.object(openvino_chain, "winograd_variants", lambda *given: []):
+        with convolutions:
+            plain_in_parts = _engine(dtype)
+            with whole:
+                plain = _engine(dtype)
+        with always_products:
+            products_in_parts = _engine(dtype)
+            with whole:
+                products = _engine(dtype)
     served = _engine(dtype)
+    sides = {
+        "products": products,
+        "in parts": plain_in_parts,
+        "products, in parts": products_in_parts,
+        "as served": served,
+    }
     rows = []
     for batch in BATCHES:
-        sides = [partial(engine, batch) for engine in (plain, products, parts, served)]
-        by_products, in_parts, as_served = (
-            paired_ratio(sides[0], side, pairs=pairs, block_s=BLOCK_S) for side in sides[1:]
-        )
+        ratios = {
+            name: paired_ratio(partial(plain, batch), partial(side, batch), pairs=pairs, block_s=BLOCK_S)
+            for name, side in sides.items()
+        }
+        as_served = ratios["as served"]
         rows.append(
             {
                 "batch": batch,
                 "plain ms": 1000 * as_served.a_s,
-                "plain / products": by_products.median,
-                "plain / products, in parts": in_parts.median,
-                "plain / as served": as_served.median,
+                **{f"plain / {name}": ratio.median for name, ratio in ratios.items()},
                 "smallest": as_served.smallest,
                 "largest": as_served.largest,
             }
@@ -73,7 +81,7 @@ def _ways_of_a_lone_image(dtype: str, pairs: int) -> list[dict[str, Any]]:
     for i in range(len(WAYS)):
         with (
             patch.object(openvino_chain, "winograd_variants", lambda *given: []),
-            patch.object(openvino_chain, "_quickest", lambda ways, *given, i=i: ways[i]),
+            patch.object(openvino_chain, "_quickest", partial(_way_of_a_lone_image, i)),
         ):
             engines.append(partial(_engine(dtype), 1))
     ratios = [paired_ratio(engines[0], engine, pairs=pairs, block_s=BLOCK_S) for engine in engines]
@@ -87,6 +95,10 @@ def _ways_of_a_lone_image(dtype: str, pairs: int) -> list[dict[str, Any]]:
         }
         for way, r in zip(WAYS, ratios, strict=True)
     ]
+
+
+def _way_of_a_lone_image(number: int, ways: Sequence[Any], inputs: Sequence[Any], constant: object) -> object:
+    return ways[number if len(inputs[0]) == 1 else -1]  # of batches the last, which is with products
 
 
 def _engine(dtype: str) -> Callable[[int], object]:

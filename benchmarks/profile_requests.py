@@ -29,7 +29,7 @@ PLACES = {  # the name that is printed: a pattern of stack frames, innermost fir
     "device: batch, hand over": r"batching.py:.*|_worker \(concurrent",
     "loop: decode the PNG": r"decode_image|Decoder\.",
     "loop: JSON of the answer": r"prediction_json|_most_probable|render \(starlette",
-    "loop: send the answer": r"RequestResponseCycle.send|Response.__call__|send_with_id",
+    "loop: send the answer": r"RequestResponseCycle.send|Response.__call__|send_with_id|Connection._write",
     "loop: queue and results": r"Batcher\.",
     "loop: read, check, limits, metrics": r"service/(?!server)",
     "loop: HTTP parser, tasks, sockets (uvicorn, uvloop)": r".",

@@ -38,8 +38,8 @@ class OpenVinoChain:
 
     Sizes that are common have executables of their own where the front is small, as in ``OpenVinoPart``. Where it is
     large, the quickest ways on this machine are found by trial: for batches, which are computed in parts (see
-    ``_Parts``), how many of the convolutions are Winograd's; for a lone image, products of matrices for convolutions or
-    none, or each of its rows by itself.
+    ``_Parts``), whether convolutions are products of matrices, and how many of them Winograd's; for a lone image,
+    whether as larger batches, with all convolutions as they are, or each of its rows by itself.
 
     Args:
         front: in eval mode; of all inputs the first dimension is the batch, of its values it is a multiple of that.
@@ -72,27 +72,36 @@ class OpenVinoChain:
         self._lone: Way | None = None
         with openvino_error(dtype):
             compiler = _Compiler(traced(back, [*between, constant]), dtype, examples, constant, threads)
-            model = compiler.traced(with_matrix_products(front, examples))
-            self._any_size = _Whole(*compiler.requests(model, -1)[0])
             if fits_fixed_sizes(front, dtype, sizes):
+                model = compiler.traced(front)
                 for size in sizes:
                     memory = compiler.blank(size), np.zeros(constant.shape, np.float32)
                     self._fixed[size] = _Fixed(*compiler.requests(model, size)[0], *memory)
+                self._any_size = _Whole(*compiler.requests(model, -1)[0])
                 return
             rows, streams = len(between[0]) // 2, min(threads, MAX_STREAMS)
-            self._parts = _Parts(compiler.requests(model, -1, streams, 2 * streams), streams, rows)
-            for variant in winograd_variants(front, dtype, examples):  # one at a time: their kernels take memory
-                model = compiler.traced(with_matrix_products(variant, examples))
+            constant_array = constant.numpy()
+
+            def is_quicker(candidate: nn.Module) -> bool:
+                model = compiler.traced(candidate)
                 parts = _Parts(compiler.requests(model, -1, streams, 2 * streams), streams, rows)
-                blank = compiler.blank(parts.full_batch)
-                if _quickest([self._parts, parts], blank, constant.numpy()) is self._parts:
-                    break  # where its share of the convolutions does not gain, more of them do not either
-                self._parts = parts
+                ways = [self._parts, parts] if self._parts else [parts]
+                self._parts = _quickest(ways, compiler.blank(parts.full_batch), constant_array)
+                return self._parts is parts
+
+            is_quicker(front)
+            products = with_matrix_products(front, examples)
+            with_products = products is not front and is_quicker(products)
+            self._any_size = _Whole(*compiler.requests(compiler.traced(products if with_products else front), -1)[0])
+            for variant in winograd_variants(front, dtype, examples):
+                # Where its share of the convolutions does not gain, more of them do not either.
+                if not is_quicker(with_matrix_products(variant, examples) if with_products else variant):
+                    break
             plain = compiler.requests(compiler.traced(front), 1)[0]
             lone: list[Way] = [self._any_size, _Whole(*plain)]
             if row and streams > 1:
                 lone.append(_ByRow(compiler.row_requests(row, rows, streams), plain[1]))
-            self._lone = _quickest(lone, compiler.blank(1), constant.numpy())
+            self._lone = _quickest(lone, compiler.blank(1), constant_array)
 
     def __call__(self, inputs: Sequence[Array], constant: Array) -> tuple[Array, Seconds]:
         """The back's value, float32, and the seconds that front and back took."""
