@@ -17,7 +17,7 @@ from unittest.mock import patch
 from measure import paired_ratio, write_results
 
 from models import choose_dtype_name, models, pixels_of, predictor_of
-from service import openvino_chain
+from service import openvino_chain, openvino_ways
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 BLOCK_S = 0.1
@@ -37,7 +37,7 @@ def main() -> None:
 
 
 def _ways_of_batches(dtype: str, pairs: int) -> list[dict[str, Any]]:
-    whole = patch.object(openvino_chain, "MIN_BATCH_ROWS", 1 << 30)
+    whole = patch.object(openvino_ways, "MIN_BATCH_ROWS", 1 << 30)
     convolutions = patch.object(openvino_chain, "with_matrix_products", lambda part, examples: part)
     always_products = patch.object(openvino_chain, "_quickest", lambda ways, *given: ways[-1])
     with patch.object(openvino_chain, "winograd_variants", lambda *given: []):
