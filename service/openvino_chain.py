@@ -73,24 +73,25 @@ class OpenVinoChain:
                 self._any_size = Whole(*compiler.requests(plain, -1)[0])
                 return
             rows, streams = len(between[0]) // 2, min(threads, MAX_STREAMS)
+            best = compiler.parts(plain, streams, rows)
 
-            def is_quicker(model: "openvino.Model") -> bool:
-                """Whether batches are; they are computed so from then on."""
-                best, parts = self._parts, compiler.parts(model, streams, rows)
-                ways = [best, parts] if best else [parts]
-                self._parts = compiler.quickest(ways, parts.full_batch)
-                return self._parts is not best
+            def adopt_if_quicker(model: "openvino.Model") -> bool:
+                nonlocal best
+                before, parts = best, compiler.parts(model, streams, rows)
+                best = compiler.quickest([before, parts], parts.smallest_batch)  # larger ones gain more
+                return best is parts
 
-            is_quicker(plain)
-            products = with_matrix_products(front, examples)
-            with_products = products is not front and is_quicker(compiler.traced(products))
-            few = compiler.traced(products) if with_products else plain
+            with_products, few = False, plain
+            if (changed := with_matrix_products(front, examples)) is not front:
+                products = compiler.traced(changed)
+                with_products = adopt_if_quicker(products)
+                few = products if with_products else plain
             self._any_size = Whole(*compiler.requests(few, -1)[0])
             for variant in winograd_variants(front, dtype, examples):
                 rest = with_matrix_products(variant, examples) if with_products else variant
-                # Where its share of the convolutions does not gain, more of them do not either.
-                if not is_quicker(compiler.traced(rest)):
-                    break
+                if not adopt_if_quicker(compiler.traced(rest)):
+                    break  # more of them hardly would be
+            self._parts = best
             one, back_of_one = compiler.requests(plain, 1)[0]
             lone: list[Way] = [self._any_size, Whole(one, back_of_one)]
             if row and streams > 1:
@@ -154,18 +155,20 @@ class _Compiler:
 
     def quickest(self, ways: Sequence[AnyWay], count: int) -> AnyWay:
         """Of several ways, the one for so many images."""
-        return _quickest(ways, self.blank(count), self._constant.numpy()) if len(ways) > 1 else ways[0]
+        return _quickest(ways, self.blank(count), self._constant.numpy())
 
 
 def _quickest(ways: Sequence[AnyWay], inputs: Sequence[Array], constant: Array) -> AnyWay:
     """The one that takes the least time; which that is depends on the processor's instructions and caches."""
-    least_s, began_s = [inf] * len(ways), perf_counter()
+    least_s, began_s = [inf] * len(ways), inf
     for trial in range(1 + TRIALS):
-        if trial > 1 and perf_counter() - began_s > TRIALS_S:
+        if perf_counter() - began_s > TRIALS_S:
             break
+        if trial == 1:
+            began_s = perf_counter()
         for i, way in enumerate(ways):
             way_began_s = perf_counter()
             way(inputs, constant)
-            if trial:  # the first time is longer
+            if trial:  # the first time takes longer
                 least_s[i] = min(least_s[i], perf_counter() - way_began_s)
     return ways[least_s.index(min(least_s))]

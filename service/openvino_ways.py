@@ -93,7 +93,6 @@ class Parts:
     def __init__(self, requests: "list[Requests]", streams: int, rows: int) -> None:
         self._requests, self._streams = requests, streams
         self.smallest_batch, self._largest_part = max(streams, MIN_BATCH_ROWS // rows), max(1, MAX_PART_ROWS // rows)
-        self.full_batch = streams * self._largest_part  # the smallest whose parts are all of the largest size
 
     def __call__(self, inputs: Sequence[Array], constant: Array) -> tuple[Array, Seconds]:
         began_s, back_s = perf_counter(), 0.0

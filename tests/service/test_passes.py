@@ -104,25 +104,27 @@ def test_a_lone_image_s_rows_are_the_same_by_each_way(way, draws, monkeypatch):
 
 
 @needs_openvino
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # tiles of 4 values, and of 2
 @pytest.mark.parametrize("refused_after", [1, 2])
-def test_a_batch_s_rows_are_the_same_by_winograd_s_convolutions(refused_after, dtype, monkeypatch):
+@pytest.mark.parametrize("products", [False, True])  # for the convolutions that Winograd's are not for
+def test_a_batch_s_rows_are_the_same_by_winograd_s_convolutions(products, refused_after, monkeypatch):
     monkeypatch.setattr("service.openvino_part.FIXED_WEIGHTS_BYTES", 0)
+    monkeypatch.setattr("service.matrix_convolution.MIN_WEIGHTS", 0)
     monkeypatch.setattr("service.winograd.MIN_CHANNELS", 1)
     monkeypatch.setattr("service.winograd.LARGEST_MAPS", (1, 4, 16))
     used, refused = [], []
 
-    def of_dtype(part, dtype_, examples):  # computed in float32 all the same, to compare
-        for variant in winograd.winograd_variants(part, dtype, examples):
+    def noted(part, *given):
+        for variant in winograd.winograd_variants(part, *given):
             used.append([n for n, m in variant.named_modules() if isinstance(m, winograd.WinogradConvolution)])
             yield variant
 
     def quickest(ways, inputs, constant):
-        way = ways[len(inputs[0]) > 1 and len(used) <= refused_after]
+        adopted = len(used) <= refused_after if used else products
+        way = ways[len(inputs[0]) > 1 and adopted]
         refused.extend(set(ways) - {way})
         return way
 
-    monkeypatch.setattr(openvino_chain_module, "winograd_variants", of_dtype)
+    monkeypatch.setattr(openvino_chain_module, "winograd_variants", noted)
     monkeypatch.setattr(openvino_chain_module, "_quickest", quickest)
     split, engine = engine_at("layer4", "openvino")
     passes = passes_of(engine, defended_by(engine), LARGE)
