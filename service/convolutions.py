@@ -18,6 +18,12 @@ class SizedConvolution(NamedTuple):
     out_size: MapSize
 
 
+def is_plain(convolution: nn.Conv2d) -> bool:
+    """Whether it is in one group, and padded with a given number of zeros."""
+    zeros = convolution.padding_mode == "zeros" and isinstance(convolution.padding, tuple)
+    return zeros and convolution.groups == 1
+
+
 def sized_convolutions(
     part: nn.Module, examples: Sequence[Tensor], wanted: Callable[[nn.Conv2d], bool]
 ) -> dict[str, SizedConvolution]:

@@ -3,7 +3,8 @@
 Convolution kernels go through a batch image by image. Where an image has as few as 16 positions, and the weights are
 more than a core's cache holds, all weights are fetched from afar for each image: the last layers of a CIFAR ResNet-18
 (512 channels, 4 x 4) take four times as long as its first ones for the same arithmetic. One product with a whole
-batch's patches fetches them once: 1.6 to 1.8 times as fast from 8 maps on, the whole network 1.1 to 1.2 times.
+batch's patches fetches them once: 1.6 to 1.8 times as fast from 8 maps on, the whole network 1.1 to 1.2 times; so it is
+with AMX. With AVX-512 alone the whole network is slower by it (0.90 to 0.96): ``OpenVinoChain`` tries.
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from service.convolutions import MapSize, sized_convolutions, with_replaced
+from service.convolutions import MapSize, is_plain, sized_convolutions, with_replaced
 
 MAX_POSITIONS = 16  # of the output: with 49 or 64 of them convolutions are faster, whatever the number of weights
 MIN_WEIGHTS = 1 << 20  # with fewer, too
@@ -64,5 +65,4 @@ def with_matrix_products(part: nn.Module, examples: Sequence[Tensor]) -> nn.Modu
 
 def _gains(convolution: nn.Conv2d) -> bool:
     """Whether it would on a map that is small enough; a kernel of one position is a product already."""
-    plain = convolution.groups == 1 and convolution.padding_mode == "zeros" and isinstance(convolution.padding, tuple)
-    return plain and convolution.kernel_size != (1, 1) and convolution.weight.numel() >= MIN_WEIGHTS
+    return is_plain(convolution) and convolution.kernel_size != (1, 1) and convolution.weight.numel() >= MIN_WEIGHTS

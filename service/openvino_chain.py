@@ -81,12 +81,10 @@ class OpenVinoChain:
                 best = compiler.quickest([before, parts], parts.smallest_batch)  # larger ones gain more
                 return best is parts
 
-            with_products, few = False, plain
-            if (changed := with_matrix_products(front, examples)) is not front:
-                products = compiler.traced(changed)
-                with_products = adopt_if_quicker(products)
-                few = products if with_products else plain
-            self._any_size = Whole(*compiler.requests(few, -1)[0])
+            changed = with_matrix_products(front, examples)
+            products = plain if changed is front else compiler.traced(changed)
+            with_products = products is not plain and adopt_if_quicker(products)
+            self._any_size = Whole(*compiler.requests(products if with_products else plain, -1)[0])
             for variant in winograd_variants(front, dtype, examples):
                 rest = with_matrix_products(variant, examples) if with_products else variant
                 if not adopt_if_quicker(compiler.traced(rest)):

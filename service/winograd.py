@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from service.convolutions import MapSize, sized_convolutions, with_replaced
+from service.convolutions import MapSize, is_plain, sized_convolutions, with_replaced
 
 MIN_CHANNELS = 64  # in and out: with fewer, the transforms take longer than what is saved
 LARGEST_MAPS = (64, 256)  # positions of the largest maps that are worth a trial: which these are is the machine's
@@ -121,7 +121,6 @@ def winograd_variants(part: nn.Module, dtype: torch.dtype, examples: Sequence[Te
 
 def _can(convolution: nn.Conv2d) -> bool:
     """Whether this is a convolution that it is for, and large enough to gain."""
-    geometry = convolution.kernel_size, convolution.stride, convolution.dilation, convolution.groups
-    plain = geometry == ((3, 3), (1, 1), (1, 1), 1) and convolution.padding_mode == "zeros"
+    geometry = convolution.kernel_size, convolution.stride, convolution.dilation
     channels = min(convolution.in_channels, convolution.out_channels)
-    return plain and isinstance(convolution.padding, tuple) and channels >= MIN_CHANNELS
+    return is_plain(convolution) and geometry == ((3, 3), (1, 1), (1, 1)) and channels >= MIN_CHANNELS
