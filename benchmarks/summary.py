@@ -18,6 +18,7 @@ AT_ONE, AT_MANY = ("batch", 1), ("batch", 64)
 # What is said of it, the target, the results that it is in, the row there, the column.
 MEASURES: list[tuple[str, str, str, tuple[str, Any], str]] = [
     ("(a) defended / undefended, batch 1", "<= 1.6", "fast", AT_ONE, "defended / undefended"),
+    ("... batch 1, were it as quick as its share of 64", "", "fast", AT_ONE, "share of 64 / undefended"),
     ("... batch 8", "", "fast", ("batch", 8), "defended / undefended"),
     ("... batch 64", "<= 2.05", "fast", AT_MANY, "defended / undefended"),
     ("... with sigma 0, batch 1", "<= 1.05", "fast", AT_ONE, "with sigma 0"),

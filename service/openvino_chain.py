@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from service.compilers import openvino_error
 from service.matrix_convolution import with_matrix_products
 from service.openvino_part import executable, fits_fixed_sizes, fixed_size, traced
-from service.openvino_ways import Array, ByRow, Fixed, Parts, Seconds, Way, Whole
+from service.openvino_ways import Array, Fixed, FrontByRow, Parts, Seconds, Way, Whole, WholeFront
 from service.winograd import winograd_variants
 
 if TYPE_CHECKING:
@@ -67,9 +67,7 @@ class OpenVinoChain:
             compiler = _Compiler(traced(back, [*between, constant]), dtype, examples, constant, threads)
             plain = compiler.traced(front)
             if fits_fixed_sizes(front, dtype, sizes):
-                for size in sizes:
-                    memory = compiler.blank(size), np.zeros(constant.shape, np.float32)
-                    self._fixed[size] = Fixed(*compiler.requests(plain, size)[0], *memory)
+                self._fixed = {size: compiler.fixed(plain, size) for size in sizes}
                 self._any_size = Whole(*compiler.requests(plain, -1)[0])
                 return
             rows, streams = len(between[0]) // 2, min(threads, MAX_STREAMS)
@@ -90,10 +88,9 @@ class OpenVinoChain:
                 if not adopt_if_quicker(compiler.traced(rest)):
                     break  # more of them hardly would be
             self._parts = best
-            one, back_of_one = compiler.requests(plain, 1)[0]
-            lone: list[Way] = [self._any_size, Whole(one, back_of_one)]
+            lone: list[Way] = [self._any_size, compiler.fixed(plain, 1)]
             if row and streams > 1:
-                lone.append(ByRow(compiler.row_requests(row, rows, streams), back_of_one))
+                lone.append(compiler.by_row(row, rows, streams))
             self._lone = compiler.quickest(lone, 1)
 
     def __call__(self, inputs: Sequence[Array], constant: Array) -> tuple[Array, Seconds]:
@@ -121,7 +118,7 @@ class _Compiler:
         self, back: "openvino.Model", dtype: torch.dtype, examples: Sequence[Tensor], constant: Tensor, threads: int
     ) -> None:
         self._back, self._dtype, self._threads = back, dtype, threads
-        self._examples, self._constant = examples, constant
+        self._examples, self._constant = examples, constant.numpy()
         self._shapes = [list(e.shape[1:]) for e in examples]
 
     def traced(self, front: nn.Module) -> "openvino.Model":
@@ -136,24 +133,33 @@ class _Compiler:
         """To front and back, for batches of this size; -1 is any."""
         shapes = [[size, *shape] for shape in self._shapes]
         first = executable(front, shapes, self._dtype, self._threads, streams)
-        crossing = [value.partial_shape for value in first.outputs]
-        second = executable(self._back, [*crossing, self._constant.shape], torch.float32, 1)
+        second = self._back_for([value.partial_shape for value in first.outputs])
         return [(first.create_infer_request(), second.create_infer_request()) for _ in range(number)]
+
+    def _back_for(self, crossing: "Sequence[Sequence[int] | openvino.PartialShape]") -> "openvino.CompiledModel":
+        return executable(self._back, [*crossing, self._constant.shape], torch.float32, 1)
 
     def parts(self, front: "openvino.Model", streams: int, rows: int) -> "Parts":
         """The way that divides a batch."""
         return Parts(self.requests(front, -1, streams, 2 * streams), streams, rows)
 
-    def row_requests(self, row: nn.Module, number: int, streams: int) -> "list[openvino.InferRequest]":
-        """To a module that computes one row of one image: see ``OpenVinoChain``."""
-        pixels, noise = self._shapes
+    def fixed(self, front: "openvino.Model", size: int) -> Fixed:
+        """The way for this batch size alone."""
+        (request, back), memory = self.requests(front, size)[0], self.blank(size)
+        return Fixed(WholeFront(request, memory), back, memory, np.zeros_like(self._constant))
+
+    def by_row(self, row: nn.Module, number: int, streams: int) -> Fixed:
+        """The way of an image with so many rows, each by itself; for ``row`` see ``OpenVinoChain``."""
+        (pixels, noise), memory = self._shapes, self.blank(1)
         shapes = [[1, *pixels], [1, 1, *noise[1:]]]
         each = executable(self.traced(row), shapes, self._dtype, self._threads, streams)
-        return [each.create_infer_request() for _ in range(number)]
+        front = FrontByRow([each.create_infer_request() for _ in range(number)], memory)
+        back = self._back_for([value.shape for value in front.values]).create_infer_request()
+        return Fixed(front, back, memory, np.zeros_like(self._constant))
 
     def quickest(self, ways: Sequence[AnyWay], count: int) -> AnyWay:
         """Of several ways, the one for so many images."""
-        return _quickest(ways, self.blank(count), self._constant.numpy())
+        return _quickest(ways, self.blank(count), self._constant)
 
 
 def _quickest(ways: Sequence[AnyWay], inputs: Sequence[Array], constant: Array) -> AnyWay:

@@ -4,7 +4,7 @@ What lies between the parts stays in OpenVINO's memory.
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate, pairwise
 from math import ceil
 from time import perf_counter
@@ -48,32 +48,6 @@ class Whole:
         self._front.infer(list(inputs), share_inputs=True, share_outputs=True)
         times.append(perf_counter())
         value = _back_value(_outputs(self._front), self._back, constant)
-        times.append(perf_counter())
-        return value, _differences(times)
-
-
-class ByRow:
-    """One image, each of the front's rows by itself: cores that have one each need not wait for each other.
-
-    Args:
-        rows: requests for pixels and one draw of noise, as many as the front has rows for an image.
-    """
-
-    def __init__(self, rows: "Sequence[openvino.InferRequest]", back: "openvino.InferRequest") -> None:
-        self._rows, self._back = rows, back
-
-    def __call__(self, inputs: Sequence[Array], constant: Array) -> tuple[Array, Seconds]:
-        times, (pixels, noise) = [perf_counter()], inputs
-        draws = [np.zeros_like(noise[:, :1]), *np.split(noise, noise.shape[1], axis=1)]
-        try:
-            for row, draw in zip(self._rows, draws, strict=True):
-                row.start_async([pixels, draw], share_inputs=True)
-        finally:  # where one could not be started, the others may still be at work
-            for row in self._rows:
-                row.wait()
-        times.append(perf_counter())
-        values = [np.concatenate(column) for column in zip(*map(_outputs, self._rows), strict=True)]
-        value = _back_value(values, self._back, constant)
         times.append(perf_counter())
         return value, _differences(times)
 
@@ -132,19 +106,19 @@ class Fixed:
     """For one batch size, with its inputs' and outputs' memory: to hand arrays over takes 70 us.
 
     Bytes are copied, since a copy of numpy's or torch's gives Python's lock away, and then waits for it.
+
+    Args:
+        front: of ``inputs``, which are filled by calls, like ``constant``.
     """
 
     def __init__(
-        self, front: "openvino.InferRequest", back: "openvino.InferRequest", inputs: Sequence[Array], constant: Array
+        self,
+        front: "WholeFront | FrontByRow",
+        back: "openvino.InferRequest",
+        inputs: Sequence[Array],
+        constant: Array,
     ) -> None:
-        import openvino
-
-        for i, array in enumerate(inputs):
-            front.set_input_tensor(i, openvino.Tensor(array, shared_memory=True))
-        num_values = len(front.model_outputs)
-        for i in range(num_values):
-            back.set_input_tensor(i, front.get_output_tensor(i))
-        back.set_input_tensor(num_values, openvino.Tensor(constant, shared_memory=True))
+        _set_inputs(back, [*front.values, _tensor(constant)])
         self._front, self._back = front, back
         self._inputs, self._constant_bytes = [bytes_of(array) for array in inputs], bytes_of(constant)
         self._constant: Array | None = None
@@ -158,12 +132,66 @@ class Fixed:
         if constant is not self._constant:
             self._constant_bytes[:], self._constant = bytes_of(constant), constant
         # Python's lock is free while it computes: the event loop answers meanwhile.
-        self._front.infer(share_outputs=True)
+        self._front.infer()
         times.append(perf_counter())
         self._back.infer(share_outputs=True)
         rows = np.frombuffer(bytearray(self._rows[: count * self._row_bytes]), np.float32)
         times.append(perf_counter())
         return rows.reshape(count, *self._shape), _differences(times)
+
+
+class WholeFront:
+    """All rows at once."""
+
+    def __init__(self, request: "openvino.InferRequest", inputs: Sequence[Array]) -> None:
+        _set_inputs(request, map(_tensor, inputs))
+        self._request = request
+        self.values = [request.get_output_tensor(i) for i in range(len(request.model_outputs))]
+
+    def infer(self) -> None:
+        """Compute ``values``."""
+        self._request.infer(share_outputs=True)
+
+
+class FrontByRow:
+    """Each row of one image by itself: cores that have one each need not wait for each other.
+
+    Args:
+        requests: for pixels and one draw of noise, as many as the front has rows for an image.
+        inputs: pixels, and the draws of all rows but the first, which has none.
+    """
+
+    def __init__(self, requests: "Sequence[openvino.InferRequest]", inputs: Sequence[Array]) -> None:
+        pixels, noise = inputs
+        draws = [np.zeros_like(noise[:, :1]), *np.split(noise, noise.shape[1], axis=1)]
+        values = [np.empty((len(requests), *array.shape[1:]), array.dtype) for array in _outputs(requests[0])]
+        for i, (request, draw) in enumerate(zip(requests, draws, strict=True)):
+            _set_inputs(request, map(_tensor, [pixels, draw]))
+            for j, value in enumerate(values):
+                request.set_output_tensor(j, _tensor(value[i : i + 1]))
+        self._requests, self._memory = requests, (draws, values)  # which OpenVINO does not own
+        self.values = list(map(_tensor, values))
+
+    def infer(self) -> None:
+        """Compute ``values``."""
+        try:
+            for request in self._requests:
+                request.start_async()
+        finally:  # where one could not be started, the others may still be at work
+            for request in self._requests:
+                request.wait()
+
+
+def _tensor(array: Array) -> "openvino.Tensor":
+    """The array's memory, not a copy."""
+    import openvino
+
+    return openvino.Tensor(array, shared_memory=True)
+
+
+def _set_inputs(request: "openvino.InferRequest", tensors: "Iterable[openvino.Tensor]") -> None:
+    for i, tensor in enumerate(tensors):
+        request.set_input_tensor(i, tensor)
 
 
 def _differences(times: Sequence[float]) -> Seconds:
