@@ -1,6 +1,7 @@
 """Both passes as one call say what the defended classifier says, for any batch."""
 
 import importlib.util
+import itertools
 
 import numpy as np
 import pytest
@@ -156,15 +157,21 @@ def test_the_quickest_way_is_the_one_that_takes_the_least_time_but_for_its_first
     monkeypatch.setattr(openvino_chain_module, "perf_counter", lambda: clock[0])
 
     def way_of(*takes_s):
-        left = iter(takes_s)
+        left = itertools.chain(takes_s, itertools.repeat(takes_s[-1]))
 
         def way(inputs, constant):
             clock[0] += next(left) / 100
 
         return way
 
-    disturbed, steady, early = way_of(9, 9, 2, 9, 9, 9), way_of(3, 3, 3, 3, 3, 3), way_of(1, 4, 4, 4, 4, 4)
-    assert openvino_chain_module._quickest([steady, disturbed, early], [], None) is disturbed
+    def quickest(*times):
+        ways = [way_of(*takes_s) for takes_s in times]
+        return ways.index(openvino_chain_module._quickest(ways, [], None))
+
+    disturbed, steady, early = (9, 9, 2, 9), (3,), (1, 4)
+    assert quickest(steady, disturbed, early) == 1
+    assert quickest(steady, (2.95,), (2.92,)) == 2
+    assert quickest(steady, (2.95,), (2.95,)) == 0  # too little to be more than chance
 
 
 @needs_openvino
