@@ -4,7 +4,7 @@ Convolution kernels go through a batch image by image. Where an image has as few
 more than a core's cache holds, all weights are fetched from afar for each image: the last layers of a CIFAR ResNet-18
 (512 channels, 4 x 4) take four times as long as its first ones for the same arithmetic. One product with a whole
 batch's patches fetches them once: 1.6 to 1.8 times as fast from 8 maps on, the whole network 1.1 to 1.2 times; so it is
-with AMX. With AVX-512 alone the whole network is slower by it (0.90 to 0.96): ``OpenVinoChain`` tries.
+with AMX. With AVX-512 alone the whole network is slower by it (0.88 to 0.96): ``OpenVinoChain`` tries.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Both parts of a network by OpenVINO, one after the other: what lies between them stays in OpenVINO's memory."""
+"""Both parts of a network by OpenVINO, one after the other: what lies between them is not copied."""
 
 from collections.abc import Sequence
 from math import inf
@@ -33,7 +33,7 @@ class OpenVinoChain:
     Sizes that are common have executables of their own where the front is small, as in ``OpenVinoPart``. Where it is
     large, the quickest ways on this machine are found by trial: for batches, which are computed in parts (see
     ``Parts``), whether convolutions are products of matrices, and how many of them Winograd's; for a lone image,
-    whether as larger batches, with all convolutions as they are, or each of its rows by itself.
+    whether its convolutions are products, too, or each of its rows by itself.
 
     Args:
         front: in eval mode; of all inputs the first dimension is the batch, of its values it is a multiple of that.
@@ -89,7 +89,7 @@ class OpenVinoChain:
                 if not adopt_if_quicker(compiler.traced(rest)):
                     break  # more of them hardly would be
             self._parts = best
-            lone: list[Way] = [self._any_size, compiler.fixed(plain, 1)]
+            lone = [compiler.fixed(model, 1) for model in ([plain, products] if with_products else [plain])]
             if row and streams > 1:
                 lone.append(compiler.by_row(row, rows, streams))
             self._lone = compiler.quickest(lone, 1)
@@ -167,7 +167,7 @@ def _quickest(ways: Sequence[AnyWay], inputs: Sequence[Array], constant: Array) 
     """The one that takes the least time; which that is depends on the processor's instructions and caches.
 
     Args:
-        ways: the simplest first, which is taken where another saves too little.
+        ways: the simpler first; one is taken before others that save less than ``TRIAL_GAIN``.
     """
     least_s, began_s = [inf] * len(ways), inf
     for trial in range(1 + TRIALS):

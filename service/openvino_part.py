@@ -7,7 +7,7 @@ for sizes that batches are padded to.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -112,12 +112,9 @@ class _Fixed:
     """
 
     def __init__(self, request: "openvino.InferRequest", size: int, shapes: Sequence[Sequence[int]]) -> None:
-        import openvino
-
         self._request = request
         arrays = [np.zeros((size, *shape), np.float32) for shape in shapes]
-        for i, array in enumerate(arrays):
-            request.set_input_tensor(i, openvino.Tensor(array, shared_memory=True))
+        set_inputs(request, map(tensor_on, arrays))
         self._inputs = [bytes_of(array) for array in arrays]
         outputs = [request.get_output_tensor(i).data for i in range(len(request.model_outputs))]
         self._outputs = [(bytes_of(output), output.shape[1:], output[0].nbytes) for output in outputs]
@@ -129,6 +126,19 @@ class _Fixed:
         self._request.infer(share_outputs=True)
         copies = [(bytearray(memory[: count * each]), shape) for memory, shape, each in self._outputs]
         return tuple(torch.from_numpy(np.frombuffer(c, np.float32).reshape(count, *shape)) for c, shape in copies)
+
+
+def tensor_on(array: NDArray[Any]) -> "openvino.Tensor":
+    """On the array's memory, which the caller keeps."""
+    import openvino
+
+    return openvino.Tensor(array, shared_memory=True)
+
+
+def set_inputs(request: "openvino.InferRequest", tensors: "Iterable[openvino.Tensor]") -> None:
+    """Where the request reads its inputs from now on."""
+    for i, tensor in enumerate(tensors):
+        request.set_input_tensor(i, tensor)
 
 
 def fill(memories: Sequence[memoryview], arrays: Sequence[NDArray[Any]]) -> None:

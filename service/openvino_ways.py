@@ -1,10 +1,10 @@
 """The ways in which both parts of a network are computed by OpenVINO, one after the other: whole, in parts, row by row.
 
-What lies between the parts stays in OpenVINO's memory.
+What lies between the parts is not copied.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 from math import ceil
 from time import perf_counter
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from service.openvino_part import bytes_of, fill
+from service.openvino_part import bytes_of, fill, set_inputs, tensor_on
 
 if TYPE_CHECKING:
     import openvino
@@ -118,7 +118,7 @@ class Fixed:
         inputs: Sequence[Array],
         constant: Array,
     ) -> None:
-        _set_inputs(back, [*front.values, _tensor(constant)])
+        set_inputs(back, [*front.values, tensor_on(constant)])
         self._front, self._back = front, back
         self._inputs, self._constant_bytes = [bytes_of(array) for array in inputs], bytes_of(constant)
         self._constant: Array | None = None
@@ -144,7 +144,7 @@ class WholeFront:
     """All rows at once."""
 
     def __init__(self, request: "openvino.InferRequest", inputs: Sequence[Array]) -> None:
-        _set_inputs(request, map(_tensor, inputs))
+        set_inputs(request, map(tensor_on, inputs))
         self._request = request
         self.values = [request.get_output_tensor(i) for i in range(len(request.model_outputs))]
 
@@ -166,11 +166,11 @@ class FrontByRow:
         draws = [np.zeros_like(noise[:, :1]), *np.split(noise, noise.shape[1], axis=1)]
         values = [np.empty((len(requests), *array.shape[1:]), array.dtype) for array in _outputs(requests[0])]
         for i, (request, draw) in enumerate(zip(requests, draws, strict=True)):
-            _set_inputs(request, map(_tensor, [pixels, draw]))
+            set_inputs(request, map(tensor_on, [pixels, draw]))
             for j, value in enumerate(values):
-                request.set_output_tensor(j, _tensor(value[i : i + 1]))
+                request.set_output_tensor(j, tensor_on(value[i : i + 1]))
         self._requests, self._memory = requests, (draws, values)  # which OpenVINO does not own
-        self.values = list(map(_tensor, values))
+        self.values = list(map(tensor_on, values))
 
     def infer(self) -> None:
         """Compute ``values``."""
@@ -180,18 +180,6 @@ class FrontByRow:
         finally:  # where one could not be started, the others may still be at work
             for request in self._requests:
                 request.wait()
-
-
-def _tensor(array: Array) -> "openvino.Tensor":
-    """The array's memory, not a copy."""
-    import openvino
-
-    return openvino.Tensor(array, shared_memory=True)
-
-
-def _set_inputs(request: "openvino.InferRequest", tensors: "Iterable[openvino.Tensor]") -> None:
-    for i, tensor in enumerate(tensors):
-        request.set_input_tensor(i, tensor)
 
 
 def _differences(times: Sequence[float]) -> Seconds:

@@ -89,7 +89,7 @@ def test_the_rows_are_those_of_the_defended_classifier(layer, compiler, sizes, t
 
 @needs_openvino
 @pytest.mark.parametrize("draws", [1, 3])
-@pytest.mark.parametrize("way", [0, 1, 2])  # products of matrices, convolutions, row by row
+@pytest.mark.parametrize("way", [0, 1, 2])  # convolutions, products of matrices, row by row
 def test_a_lone_image_s_rows_are_the_same_by_each_way(way, draws, monkeypatch):
     monkeypatch.setattr("service.openvino_part.FIXED_WEIGHTS_BYTES", 0)
     monkeypatch.setattr("service.matrix_convolution.MIN_WEIGHTS", 0)
