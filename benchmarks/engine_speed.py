@@ -13,6 +13,7 @@ for PyTorch's side (``igd serve`` has it sleep).
 import argparse
 import copy
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,12 +72,12 @@ def measure_engine(
     for batch in BATCHES:
         pixels = pixels_of(noisy[0], batch)
         defended = _call(noisy, pixels)
-        undefended = Undefended(*noisy)
-        literal = LiteralDefense(noisy[0], noisy[1])
-        a = _ratio(defended, lambda u=undefended, p=pixels: u(p), seconds_each)
-        a_still = _ratio(_call(still, pixels), lambda u=undefended, p=pixels: u(p), seconds_each)
-        share = _ratio(of_many, lambda u=undefended, p=pixels: u(p), seconds_each).median / many if batch == 1 else ""
-        b = _ratio(lambda d=literal, p=pixels: d(p), defended, seconds_each)
+        undefended = partial(Undefended(*noisy), pixels)
+        literal = partial(LiteralDefense(*noisy), pixels)
+        a = _ratio(defended, undefended, seconds_each)
+        a_still = _ratio(_call(still, pixels), undefended, seconds_each)
+        share = _ratio(of_many, undefended, seconds_each).median / many if batch == 1 else ""
+        b = _ratio(literal, defended, seconds_each)
         rows.append(
             {
                 "model": name,

@@ -169,6 +169,8 @@ def _quickest(ways: Sequence[AnyWay], inputs: Sequence[Array], constant: Array) 
     Args:
         ways: the simpler first; one is taken before others that save less than ``TRIAL_GAIN``.
     """
+    if len(ways) == 1:
+        return ways[0]
     least_s, began_s = [inf] * len(ways), inf
     for trial in range(1 + TRIALS):
         if perf_counter() - began_s > TRIALS_S:
