@@ -3,11 +3,11 @@
     python benchmarks/engine_speed.py [--seconds 3]
 
 (a) a defended prediction / an undefended one, from pixels on the host to probabilities on the host, on the same engine;
-with noise and with sigma = 0; and, for one image, its share of a defended batch of 64 in place of its prediction, which
-is what (a) could come down to if a lone image were computed at the rate of many. (b) two full passes of the float32
-model in PyTorch, with the masks averaged image by image, / the engine's defended prediction. All of them take turns of
-a tenth of a second, and a ratio is the median of paired ratios. OpenMP waits as it does by default, which is quicker
-for PyTorch's side (``igd serve`` has it sleep).
+with noise, the same with a first pass in int8, and with sigma = 0; and, for one image, its share of a defended batch of
+64 in place of its prediction, which is what (a) could come down to if a lone image were computed at the rate of many.
+(b) two full passes of the float32 model in PyTorch, with the masks averaged image by image, / the engine's defended
+prediction. All of them take turns of a tenth of a second, and a ratio is the median of paired ratios. OpenMP waits as
+it does by default, which is quicker for PyTorch's side (``igd serve`` has it sleep).
 """
 
 import argparse
@@ -32,7 +32,14 @@ from service.predictor import DEFAULT_THREADS, Pixels, Predictor, ServedDefense,
 
 BATCHES = (1, 8, 64)
 BLOCK_S = 0.1
-ENGINES = (("bfloat16", "openvino"), ("bfloat16", "none"), ("float32", "openvino"), ("float32", "none"))
+ENGINES = (
+    ("bfloat16", "openvino"),
+    ("bfloat16", "openvino", "int8"),
+    ("bfloat16", "none"),
+    ("float32", "openvino"),
+    ("float32", "openvino", "int8"),
+    ("float32", "none"),
+)
 
 
 def main() -> None:
@@ -57,14 +64,14 @@ def precisions() -> set[str]:
 
 
 def measure_engine(
-    name: str, directory: Path, dtype: str, compiler: str, *, seconds_each: float
+    name: str, directory: Path, dtype: str, compiler: str, first_pass: str = "", *, seconds_each: float
 ) -> list[dict[str, Any]]:
     """A row for each batch size; none if this machine lacks the precision or the compiler."""
     try:
-        noisy = predictor_of(directory, dtype, compiler)
+        noisy = predictor_of(directory, dtype, compiler, int8=first_pass == "int8")
         still = _without_noise(*noisy)
     except EngineError as error:
-        print(f"{dtype} by {compiler} is left out: {error}")
+        print(f"{dtype} {first_pass} by {compiler} is left out: {error}")
         return []
     rows = []
     many = max(BATCHES)

@@ -37,7 +37,7 @@ sigma = 0.0157
 def resnet18_directory(directory: Path) -> Path:
     """The paper's ResNet-18 (width 64, 32 x 32) with random weights and a random importance: speed is the same.
 
-    It has no probe images, so that no precision is given up because random weights agree with nothing.
+    Its probe images are for what needs some; to random weights all images are of one class, in any precision.
     """
     directory.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
@@ -47,6 +47,8 @@ def resnet18_directory(directory: Path) -> Path:
     scores = torch.rand(split.num_classes, split.num_neurons)
     importance = NeuronImportance(scores, "random", split.layer, split.model_digest)
     (directory / "importance.safetensors").write_bytes(importance.to_bytes())
+    pictures = torch.from_numpy(np.stack(_smooth_pictures(32)))
+    save_file({"images": pictures, "labels": torch.zeros(len(pictures)).long()}, directory / "probe.safetensors")
     return directory
 
 
@@ -55,9 +57,9 @@ def settings_of(model: Path) -> dict[str, str]:
     return {} if model == BUNDLED else {"dtype": choose_dtype_name(), "compile": "openvino"}
 
 
-def predictor_of(model: Path, dtype: str, compiler: str) -> tuple[Predictor, ServedDefense]:
+def predictor_of(model: Path, dtype: str, compiler: str, *, int8: bool = False) -> tuple[Predictor, ServedDefense]:
     """The engine, in this process, with the model directory's importance."""
-    predictor = Predictor(model, dtype=dtype, compiler=compiler)
+    predictor = Predictor(model, dtype=dtype, compiler=compiler, int8_first_pass=int8)
     importance = load_importance(model)
     assert importance is not None
     return predictor, predictor.prepare("benchmark", importance)
@@ -87,8 +89,12 @@ def _pictures(model: Path) -> list[NDArray[np.uint8]]:
     samples = sorted((model / "samples").glob("*.png"))
     if samples:
         return [np.asarray(Image.open(path)) for path in samples]
-    # Smooth, as photographs are: noise would not compress.
-    coarse = np.random.default_rng(0).integers(0, 256, (16, 4, 4, 3), np.uint8)
+    return _smooth_pictures(16)
+
+
+def _smooth_pictures(number: int) -> list[NDArray[np.uint8]]:
+    """As smooth as photographs are: noise would not compress."""
+    coarse = np.random.default_rng(0).integers(0, 256, (number, 4, 4, 3), np.uint8)
     return [np.asarray(Image.fromarray(picture).resize((32, 32), Image.Resampling.BICUBIC)) for picture in coarse]
 
 

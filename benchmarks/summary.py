@@ -13,6 +13,7 @@ from models import models
 Rows = list[dict[str, Any]]
 
 
+INT8 = " with an int8 first pass"
 AT_ONE, AT_MANY = ("batch", 1), ("batch", 64)
 
 # What is said of it, the target, the results that it is in, the row there, the column.
@@ -21,6 +22,9 @@ MEASURES: list[tuple[str, str, str, tuple[str, Any], str]] = [
     ("... batch 1, were it as quick as its share of 64", "", "fast", AT_ONE, "share of 64 / undefended"),
     ("... batch 8", "", "fast", ("batch", 8), "defended / undefended"),
     ("... batch 64", "<= 2.05", "fast", AT_MANY, "defended / undefended"),
+    ("... with IGD_INT8_FIRST_PASS, batch 1", "<= 1.6", "int8", AT_ONE, "defended / undefended"),
+    ("... with IGD_INT8_FIRST_PASS, batch 8", "", "int8", ("batch", 8), "defended / undefended"),
+    ("... with IGD_INT8_FIRST_PASS, batch 64", "<= 2.05", "int8", AT_MANY, "defended / undefended"),
     ("... with sigma 0, batch 1", "<= 1.05", "fast", AT_ONE, "with sigma 0"),
     ("... with sigma 0, batch 64", "<= 1.05", "fast", AT_MANY, "with sigma 0"),
     ("(b) literal defense / engine, batch 1", ">= 8 with AMX", "fast", AT_ONE, "literal / engine"),
@@ -55,6 +59,7 @@ def main() -> None:
     speed = _read("engine_speed")
     results = {
         "fast": [row for row in speed if row["precision"] == speed[0]["precision"]],
+        "int8": [row for row in speed if row["precision"] == speed[0]["precision"].replace(" by", INT8 + " by")],
         "full": [row for row in speed if row["precision"] == "float32 by openvino"],
         "http": _read("http_throughput"),
         "lead": _read("against_peers_lead"),

@@ -58,6 +58,7 @@ class EngineSplit(SplitClassifier):
         split: the classifier; it is copied. dtype: of the trunk, and of a tail that is not affine.
         compiler: of both. images: two, [2, channels, H, W], to compile with. threads: of OpenVINO, by default torch's.
         sizes: of the trunk's batches that OpenVINO is to be quickest with, ascending.
+        int8_first_pass: whether what is built of it (``passes.openvino_chain``) computes the first pass in int8.
 
     Raises:
         EngineError: the compiler cannot do this model.
@@ -72,12 +73,13 @@ class EngineSplit(SplitClassifier):
         *,
         threads: int | None = None,
         sizes: Sequence[int] = (),
+        int8_first_pass: bool = False,
     ) -> None:
         nn.Module.__init__(self)  # not SplitClassifier's, which would trace the model again
         self.layer, self.layers, self.model_digest = split.layer, split.layers, split.model_digest
         self.num_neurons, self.num_classes = split.num_neurons, split.num_classes
         self.has_bypass, self.tail_is_affine = split.has_bypass, split.tail_is_affine
-        self.dtype, self.compiler = dtype, compiler
+        self.dtype, self.compiler, self.int8_first_pass = dtype, compiler, int8_first_pass
         self.clock = StageClock(next(split.parameters(), torch.empty(0)).device)
         self._trunk, self._tail = _folded(split._trunk), _folded(split._tail)
         self._images, self._threads, self._sizes = images, threads, sizes
@@ -91,7 +93,8 @@ class EngineSplit(SplitClassifier):
     @property
     def name(self) -> str:
         """Of precision and compiler, for the log."""
-        return str(self.dtype) + (f" by {self.compiler}" if self.compiler != "none" else "")
+        first_pass = " with an int8 first pass" if self.int8_first_pass else ""
+        return str(self.dtype) + first_pass + (f" by {self.compiler}" if self.compiler != "none" else "")
 
     @property
     def folded_trunk(self) -> nn.Module:

@@ -98,7 +98,7 @@ class Metrics:
         self._model_info = Gauge(
             "igd_model_info",
             "1 for the model as it is being served.",
-            ["model", "digest", "device", "dtype", "compiler"],
+            ["model", "digest", "device", "dtype", "compiler", "first_pass"],
             registry=registry,
         )
         self._importance_info = Gauge(
@@ -125,9 +125,9 @@ class Metrics:
         """Times a block as a stage of a request; for the event loop."""
         return StageTimer(self.stage_seconds[name])
 
-    def show_model(self, *, model: str, digest: str, device: str, dtype: str, compiler: str) -> None:
+    def show_model(self, *, model: str, digest: str, device: str, dtype: str, compiler: str, first_pass: str) -> None:
         """Name what is being served, and nothing else."""
-        self._show_only(self._model_info, model, digest, device, dtype, compiler)
+        self._show_only(self._model_info, model, digest, device, dtype, compiler, first_pass)
 
     def show_importance(self, version: str, importance: NeuronImportance, top_k: int) -> None:
         """Name the version being served, and no other."""

@@ -1,6 +1,7 @@
 """Both parts of a network by OpenVINO, one after the other: what lies between them is not copied."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import inf
 from time import perf_counter
 from typing import TYPE_CHECKING, TypeVar
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from service.compilers import openvino_error
+from service.int8 import with_int8_first_pass
 from service.matrix_convolution import with_matrix_products
 from service.openvino_part import executable, fits_fixed_sizes, fixed_size, traced
 from service.openvino_ways import Array, Fixed, FrontByRow, Parts, Seconds, Way, Whole, WholeFront
@@ -27,6 +29,19 @@ TRIALS, TRIALS_S = 12, 1.5  # of each way; of all together, after which no more 
 TRIAL_GAIN = 0.02  # what a way must save to be taken, or restarts would differ by chance
 
 
+@dataclass(frozen=True)
+class Int8FirstPass:
+    """What a chain needs to compute the first pass in int8.
+
+    Attributes:
+        front: like the chain's, but that it computes what depends on the noise apart from the rest.
+        inputs: of it, for images like those to come.
+    """
+
+    front: nn.Module
+    inputs: Sequence[Array]
+
+
 class OpenVinoChain:
     """``back(*front(*inputs), constant)``, for batches of any size.
 
@@ -34,6 +49,9 @@ class OpenVinoChain:
     large, the quickest ways on this machine are found by trial: for batches, which are computed in parts (see
     ``Parts``), whether convolutions are products of matrices, and how many of them Winograd's; for a lone image,
     whether its convolutions are products, too, or each of its rows by itself.
+
+    A first pass in int8 is one more way: of each size of a small network, of all batches of a large one, whose products
+    and Winograd's convolutions are then the second pass's, and of its lone image.
 
     Args:
         front: in eval mode; of all inputs the first dimension is the batch, of its values it is a multiple of that.
@@ -43,6 +61,7 @@ class OpenVinoChain:
         threads: of the front. sizes: of batches to be quickest with, ascending.
         row: of inputs for one image whose last, [1, 1, ...], is a draw of noise: the front's value for that draw; for
             noise of zeros, its first. None where the front has one row for an image.
+        int8: for a first pass in int8 where that is quicker than in ``dtype``.
 
     Raises:
         EngineError: OpenVINO cannot compile this.
@@ -58,6 +77,7 @@ class OpenVinoChain:
         threads: int,
         sizes: Sequence[int],
         row: nn.Module | None = None,
+        int8: Int8FirstPass | None = None,
     ) -> None:
         with torch.no_grad():
             between = front(*examples)
@@ -66,13 +86,16 @@ class OpenVinoChain:
         self._lone: Way | None = None
         with openvino_error(dtype):
             compiler = _Compiler(traced(back, [*between, constant]), dtype, examples, constant, threads)
-            plain = compiler.traced(front)
+            models = [compiler.traced(front)]
+            if int8:
+                models.append(compiler.traced(int8.front, int8.inputs))
             if fits_fixed_sizes(front, dtype, sizes):
-                self._fixed = {size: compiler.fixed(plain, size) for size in sizes}
-                self._any_size = Whole(*compiler.requests(plain, -1)[0])
+                for size in sizes:
+                    self._fixed[size] = compiler.quickest([compiler.fixed(model, size) for model in models], size)
+                self._any_size = Whole(*compiler.requests(models[-1], -1)[0])
                 return
             rows, streams = len(between[0]) // 2, min(threads, MAX_STREAMS)
-            best = compiler.parts(plain, streams, rows)
+            best = compiler.parts(models[0], streams, rows)
 
             def adopt_if_quicker(model: "openvino.Model") -> bool:
                 nonlocal best
@@ -80,16 +103,19 @@ class OpenVinoChain:
                 best = compiler.quickest([before, parts], parts.smallest_batch)  # larger ones gain more
                 return best is parts
 
-            changed = with_matrix_products(front, examples)
-            products = plain if changed is front else compiler.traced(changed)
+            large, calibration, plain = front, None, models[0]
+            if int8 and adopt_if_quicker(models[1]):
+                large, calibration, plain = int8.front, int8.inputs, models[1]
+            changed = with_matrix_products(large, examples)
+            products = plain if changed is large else compiler.traced(changed, calibration)
             with_products = products is not plain and adopt_if_quicker(products)
             self._any_size = Whole(*compiler.requests(products if with_products else plain, -1)[0])
-            for variant in winograd_variants(front, dtype, examples):
+            for variant in winograd_variants(large, dtype, examples):
                 rest = with_matrix_products(variant, examples) if with_products else variant
-                if not adopt_if_quicker(compiler.traced(rest)):
+                if not adopt_if_quicker(compiler.traced(rest, calibration)):
                     break  # more of them hardly would be
             self._parts = best
-            lone = [compiler.fixed(model, 1) for model in ([plain, products] if with_products else [plain])]
+            lone = [compiler.fixed(model, 1) for model in ([*models, products] if with_products else models)]
             if row and streams > 1:
                 lone.append(compiler.by_row(row, rows, streams))
             self._lone = compiler.quickest(lone, 1)
@@ -122,9 +148,10 @@ class _Compiler:
         self._examples, self._constant = examples, constant.numpy()
         self._shapes = [list(e.shape[1:]) for e in examples]
 
-    def traced(self, front: nn.Module) -> "openvino.Model":
-        """A front as OpenVINO's model."""
-        return traced(front, self._examples)
+    def traced(self, front: nn.Module, int8_inputs: Sequence[Array] | None = None) -> "openvino.Model":
+        """A front as OpenVINO's model, with the first pass in int8 if there are inputs to calibrate it with."""
+        model = traced(front, self._examples)
+        return model if int8_inputs is None else with_int8_first_pass(model, int8_inputs)
 
     def blank(self, count: int) -> list[Array]:
         """Inputs of zeros for so many images."""

@@ -1,6 +1,7 @@
 """Both passes as one call, from an image's pixels and its noise to its probabilities."""
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from defense import DefendedClassifier
 from service.engine import EngineSplit, StageClock
-from service.openvino_chain import OpenVinoChain
+from service.openvino_chain import Int8FirstPass, OpenVinoChain
 
 # Pixels [B, H, W, channels] uint8 and noise [B, n, channels, H, W], None without any -> [B, 5, C]: see ROWS.
 Passes = Callable[[NDArray[np.uint8], Tensor | None], NDArray[np.float32]]
@@ -70,11 +71,13 @@ def openvino_chain(
     noise: Tensor | None,
     threads: int,
     sizes: list[int],
+    calibration: Sequence[NDArray[np.generic]] | None = None,
 ) -> OpenVinoChain:
     """The executables of both passes, for all importances at this layer.
 
     Args:
         defended: one of them, by the engine. pixels, noise: of two images. sizes: of batches to be quickest with.
+        calibration: pixels and noise of images like those to come, for a first pass in int8; None for none.
 
     Raises:
         EngineError: OpenVINO cannot compile this.
@@ -82,7 +85,8 @@ def openvino_chain(
     examples = [value for value in (torch.from_numpy(pixels), noise) if value is not None]
     front, back = _Front(engine, defended).eval(), _Back(engine, defended).eval()
     row = None if noise is None else _NoisyFront(engine, defended).eval()
-    return OpenVinoChain(front, back, engine.dtype, examples, defended.masks, threads, sizes, row)
+    int8 = Int8FirstPass(_ApartFront(engine, defended).eval(), calibration) if calibration else None
+    return OpenVinoChain(front, back, engine.dtype, examples, defended.masks, threads, sizes, row, int8)
 
 
 class _Front(nn.Module):
@@ -104,6 +108,20 @@ class _NoisyFront(_Front):
         copies = self._defended[0].noisy_copies(to_images(pixels), noise.transpose(0, 1))
         values: tuple[Tensor, ...] = self.trunk(copies)
         return values
+
+
+class _ApartFront(_Front):
+    """Pixels and noise -> what crosses the split, by a trunk for the images and another for their noisy copies."""
+
+    def __init__(self, engine: EngineSplit, defended: DefendedClassifier) -> None:
+        super().__init__(engine, defended)
+        # In a tuple: convolutions in int8 are not to be replaced by what is quicker in other precisions.
+        self._noisy_trunk = (copy.deepcopy(self.trunk).requires_grad_(False),)
+
+    def forward(self, pixels: Tensor, noise: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override] # never without
+        images = to_images(pixels)
+        noisy = self._noisy_trunk[0](self._defended[0].noisy_copies(images, noise.transpose(0, 1)))
+        return tuple(torch.cat(values) for values in zip(self.trunk(images), noisy, strict=True))
 
 
 class _Back(nn.Module):

@@ -25,6 +25,7 @@ from defense import (
 from defense.importance import check_origin
 from service.compilers import Compiler, EngineError, choose_compiler
 from service.engine import FALL_BACK_BELOW, WARN_BELOW, EngineSplit, StageClock, choose_dtype, resolve_device
+from service.int8 import check_int8
 from service.openvino_part import fixed_sizes, padded_size
 from service.passes import OpenVinoPasses, Passes, PyTorchPasses, agreement, openvino_chain
 from service.settings import Settings
@@ -46,7 +47,7 @@ class ServedDefense:
     """One importance version, ready to serve. Requests hold on to the one they were admitted under.
 
     Attributes:
-        dtype, compiler: of the trunk.
+        dtype, compiler: of the trunk. int8_first_pass: whether the first pass is in int8 in place of ``dtype``.
         agreement: share of probe images with the same defended prediction in float32 by PyTorch; None where there was
             nothing to compare.
     """
@@ -65,6 +66,10 @@ class ServedDefense:
     @property
     def compiler(self) -> Compiler:
         return self.engine.compiler
+
+    @property
+    def int8_first_pass(self) -> bool:
+        return self.engine.int8_first_pass
 
     @property
     def runs_on_any_thread(self) -> bool:
@@ -95,13 +100,14 @@ class Predictor:
         device: a torch device, or ``"auto"``: cuda if there is one, else cpu.
         dtype: ``"auto"``, ``"float32"``, ``"bfloat16"`` or ``"float16"``; see ``engine.choose_dtype``.
         compiler: ``"auto"``, ``"none"``, ``"inductor"`` or ``"openvino"``; see ``compilers.choose_compiler``.
+        int8_first_pass: compute the pseudo-label in int8: see ``int8``.
         threads: CPU threads of an operation; None leaves torch's choice. Call everything from one thread: each
             thread that runs torch operations gets an OpenMP team of its own.
         max_batch_size: the largest batch to warm up for.
 
     Raises:
         ModelDirectoryError, SplitError: the directory cannot be served.
-        EngineError: not on this device, or by this compiler.
+        EngineError: not on this device, by this compiler, or in int8.
     """
 
     @classmethod
@@ -116,6 +122,7 @@ class Predictor:
             device=settings.device,
             dtype=settings.dtype,
             compiler=settings.compile,
+            int8_first_pass=settings.int8_first_pass,
             threads=settings.threads,
             max_batch_size=max_batch_size or settings.max_batch_size,
         )
@@ -127,6 +134,7 @@ class Predictor:
         device: str = "auto",
         dtype: str = "auto",
         compiler: str = "auto",
+        int8_first_pass: bool = False,
         threads: int | None = None,
         max_batch_size: int = 64,
     ) -> None:
@@ -141,6 +149,11 @@ class Predictor:
         self._sizes = _powers_of_two(max_batch_size)
         self._probe = self._probe_images(directory)
         self._dtype, self._compiler = self._checked(choose_dtype(dtype, self.device), dtype), compiler
+        self._asked_for_int8 = int8_first_pass
+        if self._int8:
+            check_int8(choose_compiler(compiler, self.device), has_probe_images=self._probe is not None)
+        elif int8_first_pass:
+            logger.warning("IGD_INT8_FIRST_PASS changes nothing: with sigma = 0 both passes are one")
         # Noise that an attacker could predict would be no noise.
         self._generator = torch.Generator(self.device).manual_seed(secrets.randbits(63))
 
@@ -179,8 +192,12 @@ class Predictor:
     def _engine_for(self, importance: NeuronImportance) -> _Ready:
         """The fastest engine that leaves the predictions as they are, and the share of the same ones."""
         torch.set_num_threads(self._threads)
-        engine, passes_of = self._fast_engine(importance)
+        engine, passes_of = self._fast_engine(importance, int8=self._int8)
         share = self._agreement(engine, passes_of, importance)
+        if share is not None and share < FALL_BACK_BELOW and engine.int8_first_pass:
+            logger.error("%s agrees with float32 on %.1f%% of probe images; serving without", engine.name, 100 * share)
+            engine, passes_of = self._fast_engine(importance)
+            share = self._agreement(engine, passes_of, importance)
         if share is None:
             return engine, passes_of, None
         if share < FALL_BACK_BELOW and (engine.dtype, engine.compiler) != (torch.float32, "none"):
@@ -226,6 +243,10 @@ class Predictor:
         return torch.randn(drawn, generator=self._generator, device=self.device)
 
     @property
+    def _int8(self) -> bool:
+        return self._asked_for_int8 and self._draws > 0
+
+    @property
     def _draws(self) -> int:
         defense = self.config.defense
         return defense.num_noise_samples if defense.sigma else 0
@@ -239,10 +260,10 @@ class Predictor:
             self._splits[layer] = SplitClassifier(self._model, layer)
         return self._splits[layer]
 
-    def _fast_engine(self, importance: NeuronImportance) -> _Engine:
+    def _fast_engine(self, importance: NeuronImportance, *, int8: bool = False) -> _Engine:
         compiler = choose_compiler(self._compiler, self.device)
-        if self._compiler != "auto":
-            return self._engine(importance, self._dtype, compiler)
+        if int8 or self._compiler != "auto":
+            return self._engine(importance, self._dtype, compiler, int8=int8)
         if self._probe is None:  # what nothing can check is for those who ask for it
             compiler = "none"
         try:
@@ -251,19 +272,32 @@ class Predictor:
             logger.warning("serving without a compiler: %s", error)
             return self._engine(importance, self._dtype, "none")
 
-    def _engine(self, importance: NeuronImportance, dtype: torch.dtype, compiler: Compiler) -> _Engine:
+    def _engine(
+        self, importance: NeuronImportance, dtype: torch.dtype, compiler: Compiler, *, int8: bool = False
+    ) -> _Engine:
         images = torch.rand(2, *self.config.input.shape, device=self.device)
         split, rows = self._split_at(importance.layer), fixed_sizes(self._sizes[-1] * (1 + self._draws))
-        engine = EngineSplit(split, dtype, compiler, images, threads=self._threads, sizes=rows)
+        if int8 and not split.tail_is_affine:
+            logger.warning("the first pass is not in int8: what follows '%s' is not affine", split.layer)
+            int8 = False
+        engine = EngineSplit(split, dtype, compiler, images, threads=self._threads, sizes=rows, int8_first_pass=int8)
         classifier = self._defend(engine, importance)
         if compiler == "openvino" and engine.tail_is_affine:
             blank, sizes = self._blank(2), fixed_sizes(self._sizes[-1])
-            chain = openvino_chain(engine, classifier, blank, self._noise(blank.shape), self._threads, sizes)
+            calibration = self._calibration() if int8 else None
+            noise = self._noise(blank.shape)
+            chain = openvino_chain(engine, classifier, blank, noise, self._threads, sizes, calibration)
             passes_of: PassesOf = partial(OpenVinoPasses, chain=chain, clock=engine.clock)
         else:
             passes_of = partial(PyTorchPasses, clock=engine.clock)
         self._warm_up(passes_of(classifier), compiler)
         return engine, passes_of
+
+    def _calibration(self) -> tuple[Pixels, NDArray[np.float32]]:
+        """Probe images, and noise that is always the same: restarts do not differ by it."""
+        assert self._probe is not None
+        shape = len(self._probe), self._draws, *self.config.input.shape
+        return self._probe, torch.randn(shape, generator=torch.Generator().manual_seed(0)).numpy()
 
     def _blank(self, batch: int) -> Pixels:
         return np.zeros((batch, *self.config.input.size, self.config.input.channels), np.uint8)

@@ -282,12 +282,14 @@ class Runtime:
 
     def _show_served(self, served: ServedDefense) -> None:
         predictor, metrics = self.predictor, self.metrics
+        dtype = str(served.dtype).removeprefix("torch.")
         metrics.show_model(
             model=predictor.config.name,
             digest=predictor.model_digest,
             device=str(predictor.device),
-            dtype=str(served.dtype).removeprefix("torch."),
+            dtype=dtype,
             compiler=served.compiler,
+            first_pass="int8" if served.int8_first_pass else dtype,
         )
         metrics.show_importance(served.version, served.importance, predictor.config.defense.top_k)
         metrics.agreement.set(nan if served.agreement is None else served.agreement)

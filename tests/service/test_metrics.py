@@ -183,7 +183,9 @@ def test_one_version_and_one_model_are_named():
     )
     for version in ("v1", "v2", "v2"):
         metrics.show_importance(version, importance, 4)
-        metrics.show_model(model="tiny", digest=version, device="cpu", dtype="float32", compiler="none")
+        metrics.show_model(
+            model="tiny", digest=version, device="cpu", dtype="float32", compiler="none", first_pass="float32"
+        )
     samples = {m.name: m.samples for m in metrics.registry.collect()}
     assert [s.labels["version"] for s in samples["igd_importance_info"]] == ["v2"]
     assert [s.labels["digest"] for s in samples["igd_model_info"]] == ["v2"]
@@ -201,7 +203,7 @@ def of_the_registry():
     metrics = Metrics()
     metrics.defense.name_classes(["cat"])
     metrics.show_importance("v", NeuronImportance(np_scores(), method="lo-ir", layer="layer4"), 4)
-    metrics.show_model(model="tiny", digest="d", device="cpu", dtype="float32", compiler="none")
+    metrics.show_model(model="tiny", digest="d", device="cpu", dtype="float32", compiler="none", first_pass="float32")
     return {
         (
             metric.name + "_total" * (metric.type == "counter"),

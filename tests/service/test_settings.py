@@ -22,6 +22,7 @@ VALUES = {
     "device": ("cpu", "cpu"),
     "dtype": ("float32", "float32"),
     "compile": ("inductor", "inductor"),
+    "int8_first_pass": ("true", True),
     "threads": ("3", 3),
     "max_batch_size": ("3", 3),
     "max_queue": ("3", 3),
