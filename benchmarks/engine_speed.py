@@ -25,6 +25,7 @@ from defense import top_k_masks
 from defense.model_config import DefenseConfig
 from models import choose_dtype_name, models, pixels_of, predictor_of
 from service.compilers import EngineError
+from service.engine import IN_INT8
 from service.openvino_chain import OpenVinoChain
 from service.openvino_part import fixed_sizes
 from service.passes import to_images
@@ -71,7 +72,7 @@ def measure_engine(
         noisy = predictor_of(directory, dtype, compiler, int8=first_pass == "int8")
         still = _without_noise(*noisy)
     except EngineError as error:
-        print(f"{dtype} {first_pass} by {compiler} is left out: {error}")
+        print(f"{'+'.join(filter(None, (dtype, compiler, first_pass)))} is left out: {error}")
         return []
     rows = []
     many = max(BATCHES)
@@ -211,7 +212,7 @@ def _first_word(text: str) -> str:
 
 
 def _two_lines(precision: str) -> str:
-    return precision.replace(" by ", "\n")
+    return precision.replace(IN_INT8, "\nint8 first").replace(" by ", "\n")
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def resnet18_directory(directory: Path) -> Path:
 
 
 def settings_of(model: Path) -> dict[str, str]:
-    """The settings that it is served with; automatic ones are careful with a model that has no probe images."""
+    """The settings that it is served with; explicit ones of the large network, so that what cannot be is an error."""
     return {} if model == BUNDLED else {"dtype": choose_dtype_name(), "compile": "openvino"}
 
 
@@ -62,7 +62,10 @@ def predictor_of(model: Path, dtype: str, compiler: str, *, int8: bool = False) 
     predictor = Predictor(model, dtype=dtype, compiler=compiler, int8_first_pass=int8)
     importance = load_importance(model)
     assert importance is not None
-    return predictor, predictor.prepare("benchmark", importance)
+    defense = predictor.prepare("benchmark", importance)
+    # A fall-back for the answers' sake would be measured under this one's name.
+    assert (str(defense.dtype), defense.compiler) == (f"torch.{dtype}", compiler)
+    return predictor, defense
 
 
 def pixels_of(predictor: Predictor, batch: int) -> list[NDArray[np.uint8]]:

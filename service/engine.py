@@ -17,6 +17,7 @@ from service.compilers import Compiler, EngineError, Part, compiled
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WARN_BELOW, FALL_BACK_BELOW = 0.99, 0.95
 STAGES = ("trunk", "tail")
+IN_INT8 = " with an int8 first pass"  # in the name of an engine
 
 
 def resolve_device(name: str) -> torch.device:
@@ -58,7 +59,9 @@ class EngineSplit(SplitClassifier):
         split: the classifier; it is copied. dtype: of the trunk, and of a tail that is not affine.
         compiler: of both. images: two, [2, channels, H, W], to compile with. threads: of OpenVINO, by default torch's.
         sizes: of the trunk's batches that OpenVINO is to be quickest with, ascending.
-        int8_first_pass: whether what is built of it (``passes.openvino_chain``) computes the first pass in int8.
+
+    Attributes:
+        int8_batch: the largest batch whose first pass is in int8, in what is built of this (``passes.openvino_chain``).
 
     Raises:
         EngineError: the compiler cannot do this model.
@@ -73,13 +76,13 @@ class EngineSplit(SplitClassifier):
         *,
         threads: int | None = None,
         sizes: Sequence[int] = (),
-        int8_first_pass: bool = False,
     ) -> None:
         nn.Module.__init__(self)  # not SplitClassifier's, which would trace the model again
         self.layer, self.layers, self.model_digest = split.layer, split.layers, split.model_digest
         self.num_neurons, self.num_classes = split.num_neurons, split.num_classes
         self.has_bypass, self.tail_is_affine = split.has_bypass, split.tail_is_affine
-        self.dtype, self.compiler, self.int8_first_pass = dtype, compiler, int8_first_pass
+        self.dtype, self.compiler = dtype, compiler
+        self.int8_batch: int | None = None
         self.clock = StageClock(next(split.parameters(), torch.empty(0)).device)
         self._trunk, self._tail = _folded(split._trunk), _folded(split._tail)
         self._images, self._threads, self._sizes = images, threads, sizes
@@ -93,7 +96,7 @@ class EngineSplit(SplitClassifier):
     @property
     def name(self) -> str:
         """Of precision and compiler, for the log."""
-        first_pass = " with an int8 first pass" if self.int8_first_pass else ""
+        first_pass = IN_INT8 if self.int8_batch else ""
         return str(self.dtype) + first_pass + (f" by {self.compiler}" if self.compiler != "none" else "")
 
     @property

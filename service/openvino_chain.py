@@ -1,6 +1,6 @@
 """Both parts of a network by OpenVINO, one after the other: what lies between them is not copied."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import inf
 from time import perf_counter
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from service.compilers import openvino_error
-from service.int8 import with_int8_first_pass
+from service.int8 import Range, calibrate, quantized
 from service.matrix_convolution import with_matrix_products
 from service.openvino_part import executable, fits_fixed_sizes, fixed_size, traced
 from service.openvino_ways import Array, Fixed, FrontByRow, Parts, Seconds, Way, Whole, WholeFront
@@ -35,11 +35,11 @@ class Int8FirstPass:
 
     Attributes:
         front: like the chain's, but that it computes what depends on the noise apart from the rest.
-        inputs: of it, for images like those to come.
+        batches: of its inputs, for images like those to come.
     """
 
     front: nn.Module
-    inputs: Sequence[Array]
+    batches: Iterable[Sequence[Array]]
 
 
 class OpenVinoChain:
@@ -63,6 +63,9 @@ class OpenVinoChain:
             noise of zeros, its first. None where the front has one row for an image.
         int8: for a first pass in int8 where that is quicker than in ``dtype``.
 
+    Attributes:
+        int8_batch: the largest size of batches whose first pass is in int8; None if there is none.
+
     Raises:
         EngineError: OpenVINO cannot compile this.
     """
@@ -84,15 +87,27 @@ class OpenVinoChain:
         self._fixed: dict[int, Fixed] = {}
         self._parts: Parts | None = None
         self._lone: Way | None = None
+        self.int8_batch: int | None = None
         with openvino_error(dtype):
             compiler = _Compiler(traced(back, [*between, constant]), dtype, examples, constant, threads)
-            models = [compiler.traced(front)]
+            ranges: list[Range] | None = None
+
+            def model_of(front: nn.Module) -> "openvino.Model":
+                model = compiler.traced(front)
+                return model if ranges is None else quantized(model, ranges)
+
+            models = [model_of(front)]
             if int8:
-                models.append(compiler.traced(int8.front, int8.inputs))
+                ranges = calibrate(compiler.traced(int8.front), int8.batches, threads)
+                models.append(model_of(int8.front))
             if fits_fixed_sizes(front, dtype, sizes):
                 for size in sizes:
-                    self._fixed[size] = compiler.quickest([compiler.fixed(model, size) for model in models], size)
-                self._any_size = Whole(*compiler.requests(models[-1], -1)[0])
+                    ways = [compiler.fixed(model, size) for model in models]
+                    self._fixed[size] = compiler.quickest(ways, size)
+                    if self._fixed[size] is not ways[0]:
+                        self.int8_batch = size
+                largest = models[-1 if self.int8_batch == sizes[-1] else 0]
+                self._any_size = Whole(*compiler.requests(largest, -1)[0])
                 return
             rows, streams = len(between[0]) // 2, min(threads, MAX_STREAMS)
             best = compiler.parts(models[0], streams, rows)
@@ -103,22 +118,25 @@ class OpenVinoChain:
                 best = compiler.quickest([before, parts], parts.smallest_batch)  # larger ones gain more
                 return best is parts
 
-            large, calibration, plain = front, None, models[0]
             if int8 and adopt_if_quicker(models[1]):
-                large, calibration, plain = int8.front, int8.inputs, models[1]
-            changed = with_matrix_products(large, examples)
-            products = plain if changed is large else compiler.traced(changed, calibration)
+                front, plain, self.int8_batch = int8.front, models[1], sizes[-1]
+            else:
+                plain, ranges = models[0], None
+            changed = with_matrix_products(front, examples)
+            products = plain if changed is front else model_of(changed)
             with_products = products is not plain and adopt_if_quicker(products)
             self._any_size = Whole(*compiler.requests(products if with_products else plain, -1)[0])
-            for variant in winograd_variants(large, dtype, examples):
+            for variant in winograd_variants(front, dtype, examples):
                 rest = with_matrix_products(variant, examples) if with_products else variant
-                if not adopt_if_quicker(compiler.traced(rest, calibration)):
+                if not adopt_if_quicker(model_of(rest)):
                     break  # more of them hardly would be
             self._parts = best
             lone = [compiler.fixed(model, 1) for model in ([*models, products] if with_products else models)]
             if row and streams > 1:
                 lone.append(compiler.by_row(row, rows, streams))
             self._lone = compiler.quickest(lone, 1)
+            if int8 and self._lone is lone[1]:
+                self.int8_batch = self.int8_batch or 1
 
     def __call__(self, inputs: Sequence[Array], constant: Array) -> tuple[Array, Seconds]:
         """The back's value, float32, and the seconds that front and back took."""
@@ -148,10 +166,9 @@ class _Compiler:
         self._examples, self._constant = examples, constant.numpy()
         self._shapes = [list(e.shape[1:]) for e in examples]
 
-    def traced(self, front: nn.Module, int8_inputs: Sequence[Array] | None = None) -> "openvino.Model":
-        """A front as OpenVINO's model, with the first pass in int8 if there are inputs to calibrate it with."""
-        model = traced(front, self._examples)
-        return model if int8_inputs is None else with_int8_first_pass(model, int8_inputs)
+    def traced(self, front: nn.Module) -> "openvino.Model":
+        """A front as OpenVINO's model."""
+        return traced(front, self._examples)
 
     def blank(self, count: int) -> list[Array]:
         """Inputs of zeros for so many images."""

@@ -1,7 +1,7 @@
 """Both passes as one call, from an image's pixels and its noise to its probabilities."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from defense import DefendedClassifier
 from service.engine import EngineSplit, StageClock
 from service.openvino_chain import Int8FirstPass, OpenVinoChain
+from service.openvino_ways import Array
 
 # Pixels [B, H, W, channels] uint8 and noise [B, n, channels, H, W], None without any -> [B, 5, C]: see ROWS.
 Passes = Callable[[NDArray[np.uint8], Tensor | None], NDArray[np.float32]]
@@ -71,13 +72,13 @@ def openvino_chain(
     noise: Tensor | None,
     threads: int,
     sizes: list[int],
-    calibration: Sequence[NDArray[np.generic]] | None = None,
+    calibration: Iterable[Sequence[Array]] | None = None,
 ) -> OpenVinoChain:
     """The executables of both passes, for all importances at this layer.
 
     Args:
         defended: one of them, by the engine. pixels, noise: of two images. sizes: of batches to be quickest with.
-        calibration: pixels and noise of images like those to come, for a first pass in int8; None for none.
+        calibration: batches of pixels and noise of images like those to come, for a first pass in int8; None for none.
 
     Raises:
         EngineError: OpenVINO cannot compile this.
@@ -85,7 +86,7 @@ def openvino_chain(
     examples = [value for value in (torch.from_numpy(pixels), noise) if value is not None]
     front, back = _Front(engine, defended).eval(), _Back(engine, defended).eval()
     row = None if noise is None else _NoisyFront(engine, defended).eval()
-    int8 = Int8FirstPass(_ApartFront(engine, defended).eval(), calibration) if calibration else None
+    int8 = Int8FirstPass(_ApartFront(engine, defended).eval(), calibration) if calibration is not None else None
     return OpenVinoChain(front, back, engine.dtype, examples, defended.masks, threads, sizes, row, int8)
 
 
@@ -115,7 +116,8 @@ class _ApartFront(_Front):
 
     def __init__(self, engine: EngineSplit, defended: DefendedClassifier) -> None:
         super().__init__(engine, defended)
-        # In a tuple: convolutions in int8 are not to be replaced by what is quicker in other precisions.
+        # A copy, in a tuple: convolutions in int8 are not to be replaced by what is quicker in other precisions. Being
+        # no submodule's, its weights are constants to the tracer, which takes none that require gradients.
         self._noisy_trunk = (copy.deepcopy(self.trunk).requires_grad_(False),)
 
     def forward(self, pixels: Tensor, noise: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override] # never without

@@ -3,7 +3,7 @@
 import logging
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,7 @@ from service.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-PROBE_IMAGES = 256
+PROBE_IMAGES, CALIBRATION_BATCH = 256, 32
 WARM_UP_S = 5.0
 DEFAULT_THREADS = torch.get_num_threads()  # torch's choice, one a physical core; a Predictor may change it
 
@@ -47,7 +47,7 @@ class ServedDefense:
     """One importance version, ready to serve. Requests hold on to the one they were admitted under.
 
     Attributes:
-        dtype, compiler: of the trunk. int8_first_pass: whether the first pass is in int8 in place of ``dtype``.
+        dtype, compiler: of the trunk. int8_first_pass: whether some first passes are in int8.
         agreement: share of probe images with the same defended prediction in float32 by PyTorch; None where there was
             nothing to compare.
     """
@@ -69,7 +69,7 @@ class ServedDefense:
 
     @property
     def int8_first_pass(self) -> bool:
-        return self.engine.int8_first_pass
+        return self.engine.int8_batch is not None
 
     @property
     def runs_on_any_thread(self) -> bool:
@@ -145,7 +145,7 @@ class Predictor:
         self._model = load_classifier(directory).to(self.device)
         self.split = SplitClassifier(self._model, self.config.defense.layer)
         self._splits = {self.split.layer: self.split}
-        self._engines: dict[tuple[str, int], _Ready] = {}
+        self._engines: dict[tuple[str, float, int], _Ready] = {}
         self._sizes = _powers_of_two(max_batch_size)
         self._probe = self._probe_images(directory)
         self._dtype, self._compiler = self._checked(choose_dtype(dtype, self.device), dtype), compiler
@@ -184,7 +184,11 @@ class Predictor:
         return ServedDefense(version, importance, classifier, passes_of(classifier), engine, share)
 
     def _engine_at(self, importance: NeuronImportance) -> _Ready:
-        key = importance.layer, self._draws  # once for all versions: another one is to be served within a second
+        key = (
+            importance.layer,
+            self.config.defense.sigma,
+            self._draws,
+        )  # once for all versions: another one is to be served within a second
         if key not in self._engines:
             self._engines[key] = self._engine_for(importance)
         return self._engines[key]
@@ -194,8 +198,12 @@ class Predictor:
         torch.set_num_threads(self._threads)
         engine, passes_of = self._fast_engine(importance, int8=self._int8)
         share = self._agreement(engine, passes_of, importance)
-        if share is not None and share < FALL_BACK_BELOW and engine.int8_first_pass:
-            logger.error("%s agrees with float32 on %.1f%% of probe images; serving without", engine.name, 100 * share)
+        if share is not None and share < FALL_BACK_BELOW and engine.int8_batch:
+            logger.error(
+                "%s agrees with float32 on %.1f%% of probe images; serving without int8; set IGD_INT8_FIRST_PASS=false",
+                engine.name,
+                100 * share,
+            )
             engine, passes_of = self._fast_engine(importance)
             share = self._agreement(engine, passes_of, importance)
         if share is None:
@@ -262,8 +270,16 @@ class Predictor:
 
     def _fast_engine(self, importance: NeuronImportance, *, int8: bool = False) -> _Engine:
         compiler = choose_compiler(self._compiler, self.device)
-        if int8 or self._compiler != "auto":
-            return self._engine(importance, self._dtype, compiler, int8=int8)
+        if int8:
+            try:
+                engine, passes_of = self._engine(importance, self._dtype, compiler, int8=True)
+                if not engine.int8_batch:
+                    logger.warning("serving without an int8 first pass: it is not quicker here")
+                return engine, passes_of
+            except EngineError as error:
+                logger.warning("serving without an int8 first pass: %s", error)
+        if self._compiler != "auto":
+            return self._engine(importance, self._dtype, compiler)
         if self._probe is None:  # what nothing can check is for those who ask for it
             compiler = "none"
         try:
@@ -278,26 +294,28 @@ class Predictor:
         images = torch.rand(2, *self.config.input.shape, device=self.device)
         split, rows = self._split_at(importance.layer), fixed_sizes(self._sizes[-1] * (1 + self._draws))
         if int8 and not split.tail_is_affine:
-            logger.warning("the first pass is not in int8: what follows '%s' is not affine", split.layer)
-            int8 = False
-        engine = EngineSplit(split, dtype, compiler, images, threads=self._threads, sizes=rows, int8_first_pass=int8)
+            raise EngineError(f"what follows '{split.layer}' is not affine; rank a layer where it is")
+        engine = EngineSplit(split, dtype, compiler, images, threads=self._threads, sizes=rows)
         classifier = self._defend(engine, importance)
         if compiler == "openvino" and engine.tail_is_affine:
             blank, sizes = self._blank(2), fixed_sizes(self._sizes[-1])
-            calibration = self._calibration() if int8 else None
+            calibration = self._calibration(self._probe) if int8 and self._probe is not None else None
             noise = self._noise(blank.shape)
             chain = openvino_chain(engine, classifier, blank, noise, self._threads, sizes, calibration)
+            engine.int8_batch = chain.int8_batch
             passes_of: PassesOf = partial(OpenVinoPasses, chain=chain, clock=engine.clock)
         else:
             passes_of = partial(PyTorchPasses, clock=engine.clock)
         self._warm_up(passes_of(classifier), compiler)
         return engine, passes_of
 
-    def _calibration(self) -> tuple[Pixels, NDArray[np.float32]]:
-        """Probe images, and noise that is always the same: restarts do not differ by it."""
-        assert self._probe is not None
-        shape = len(self._probe), self._draws, *self.config.input.shape
-        return self._probe, torch.randn(shape, generator=torch.Generator().manual_seed(0)).numpy()
+    def _calibration(self, probe: Pixels) -> Iterator[tuple[Pixels, NDArray[np.float32]]]:
+        """Batches of probe images and noise, which is always the same: restarts do not differ by it."""
+        generator = torch.Generator().manual_seed(0)
+        for begin in range(0, len(probe), CALIBRATION_BATCH):
+            pixels = probe[begin : begin + CALIBRATION_BATCH]
+            shape = len(pixels), self._draws, *self.config.input.shape
+            yield pixels, torch.randn(shape, generator=generator).numpy()
 
     def _blank(self, batch: int) -> Pixels:
         return np.zeros((batch, *self.config.input.size, self.config.input.channels), np.uint8)
@@ -320,7 +338,8 @@ class Predictor:
     def _probe_images(self, directory: Path) -> Pixels | None:
         try:
             probe = load_probe_set(directory)
-            images, _ = next(probe.batches(PROBE_IMAGES, config=self.config.input))
+            some = probe.shard(0, max(1, len(probe) // PROBE_IMAGES))  # of all classes: many are stored one by one
+            images, _ = next(some.batches(PROBE_IMAGES, config=self.config.input))
         except ProbeSetError as error:
             logger.info("precisions are not compared: %s", error)
             return None
@@ -336,7 +355,8 @@ class Predictor:
             return None
         exact = PyTorchPasses(self._defend(self._split_at(importance.layer), importance), StageClock(self.device))
         fast, noise = passes_of(self._defend(engine, importance)), self._noise(self._probe.shape)
-        return agreement(fast, exact, self._probe, noise, self._sizes[-1])
+        sizes = {self._sizes[-1], engine.int8_batch or self._sizes[-1]}
+        return min(agreement(fast, exact, self._probe, noise, size) for size in sizes)
 
 
 def joined(pixels: Sequence[Pixels]) -> Pixels:

@@ -2,8 +2,10 @@
 
 import logging
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from defense import SplitClassifier, load_importance
 from service import predictor as predictor_module
@@ -79,6 +81,12 @@ def test_a_lower_precision_that_nothing_can_check_is_not_chosen_automatically(ti
     served = Predictor(tmp_path, dtype="auto").prepare("v", load_importance(tmp_path))
 
     assert (served.dtype, served.agreement) == (torch.float32, None)
+
+
+def test_probe_images_are_of_the_whole_set_in_whatever_order_it_is(tiny_model, monkeypatch):
+    monkeypatch.setattr(predictor_module, "PROBE_IMAGES", 5)  # of 24
+    images = load_file(tiny_model / "probe.safetensors")["images"].numpy()
+    assert np.array_equal(Predictor(tiny_model)._probe, images[[0, 4, 8, 12, 16]])
 
 
 def test_noise_is_drawn_anew_for_every_batch_and_every_predictor(tiny_model):

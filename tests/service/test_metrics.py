@@ -184,11 +184,12 @@ def test_one_version_and_one_model_are_named():
     for version in ("v1", "v2", "v2"):
         metrics.show_importance(version, importance, 4)
         metrics.show_model(
-            model="tiny", digest=version, device="cpu", dtype="float32", compiler="none", first_pass="float32"
+            model="tiny", digest=version, device="cpu", dtype="float32", compiler="none", first_pass="int8"
         )
     samples = {m.name: m.samples for m in metrics.registry.collect()}
     assert [s.labels["version"] for s in samples["igd_importance_info"]] == ["v2"]
     assert [s.labels["digest"] for s in samples["igd_model_info"]] == ["v2"]
+    assert samples["igd_model_info"][0].labels["first_pass"] == "int8"
     assert metrics.registry.get_sample_value("igd_importance_age_seconds") == pytest.approx(3600, abs=60)
 
 
