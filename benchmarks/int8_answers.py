@@ -5,8 +5,8 @@
 First, answers to the same images with the same noise: of engines against PyTorch in float32, and of PyTorch with
 another draw of the noise, which is what the method leaves to chance; images are clean, or found by attacks on float32.
 Then the same attacks on float32 and on the engine with the first pass in int8, each judged by what it attacks:
-gradients are of the float32 model (the undefended one's margin, transferred, and BPDA's on the defense), Square asks the
-attacked side. Right is what is right in each of ten draws.
+gradients are of the float32 model (the undefended one's margin, transferred, and BPDA's on the defense), Square asks
+the attacked side. Right is what is right in each of ten draws.
 """
 
 import argparse
