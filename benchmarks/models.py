@@ -64,7 +64,8 @@ def predictor_of(model: Path, dtype: str, compiler: str, *, int8: bool = False) 
     assert importance is not None
     defense = predictor.prepare("benchmark", importance)
     # A fall-back for the answers' sake would be measured under this one's name.
-    assert (str(defense.dtype), defense.compiler) == (f"torch.{dtype}", compiler)
+    assert dtype in ("auto", str(defense.dtype).removeprefix("torch.")), defense.engine.name
+    assert compiler in ("auto", defense.compiler), defense.engine.name
     return predictor, defense
 
 
