@@ -201,14 +201,12 @@ class LiteralDefense:
 
 
 def _plot(rows: list[dict[str, Any]]) -> None:
-    labels = [f"{_first_word(row['model'])}\n{_two_lines(row['precision'])}\nbatch {row['batch']}" for row in rows]
-    columns = ("defended / undefended", "with sigma 0", "literal / engine")
-    bars = {column: [row[column] for row in rows] for column in columns}
-    plot_bars("engine_speed", labels, bars, "ratio of latencies")
-
-
-def _first_word(text: str) -> str:
-    return text.split()[0].strip(",")
+    for i, model in enumerate(dict.fromkeys(row["model"] for row in rows)):
+        chosen = [row for row in rows if row["model"] == model]
+        labels = [f"{_two_lines(row['precision'])}\nbatch {row['batch']}" for row in chosen]
+        columns = ("defended / undefended", "with sigma 0", "literal / engine")
+        bars = {column: [row[column] for row in chosen] for column in columns}
+        plot_bars(f"engine_speed_{i}", labels, bars, "ratio of latencies", model)
 
 
 def _two_lines(precision: str) -> str:
