@@ -6,6 +6,7 @@ import sys
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 
 from defense import DefenseError
 from igd import analyze, classify, evaluate, importance, rank, serve, tune, worker
@@ -35,5 +36,5 @@ def main() -> None:
     try:
         app()
     except (DefenseError, StoreError, ServiceError) as error:
-        console.print(f"[red]igd:[/] {error}", highlight=False, soft_wrap=True)
+        console.print(f"[red]igd:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(1)

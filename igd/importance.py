@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Column, Table
 
 from defense import NeuronImportance, SplitClassifier, check_servable, load_classifier, read_config
@@ -134,7 +135,7 @@ def import_(
     with store_of(settings) as store:
         version = store.publish(importance, activate=activate)
     for warning in importance.warnings:
-        Console(stderr=True).print(f"[yellow]warning:[/] {warning}", highlight=False)
+        Console(stderr=True).print(f"[yellow]warning:[/] {escape(warning)}", highlight=False)
     typer.echo(version)
 
 

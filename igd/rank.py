@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from defense import DefenseError, NeuronImportance, check_servable, open_probe_set, rank_neurons
 from defense.shards import rank_and_world
@@ -70,7 +71,7 @@ def rank(
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
             )
         for skip in probe.skipped:
-            console.print(f"[yellow]skipped[/] {skip}", highlight=False)
+            console.print(f"[yellow]skipped[/] {escape(str(skip))}", highlight=False)
         if number == 0:
             _deliver(importance, settings, console, output=output, activate=activate, force=force)
     if checkpoint:
@@ -104,20 +105,22 @@ def _deliver(
     force: bool,
 ) -> None:
     for warning in importance.warnings:
-        console.print(f"[yellow]warning:[/] {warning}", highlight=False)
+        console.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False)
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_bytes(importance.to_bytes())
         typer.echo(output)
         return
     if activate and importance.degenerate and not force:
-        console.print(f"[yellow]not activated, the ranking is degenerate:[/] {importance.degenerate}; see --force")
+        console.print(
+            f"[yellow]not activated, the ranking is degenerate:[/] {escape(importance.degenerate)}; see --force"
+        )
         activate = False
     if activate:
         try:
             check_servable(settings.model, importance)
         except DefenseError as error:
-            console.print(f"[yellow]not activated, it cannot be served:[/] {error}", highlight=False)
+            console.print(f"[yellow]not activated, it cannot be served:[/] {escape(str(error))}", highlight=False)
             activate = False
     with store_of(settings) as store:
         version = store.publish(importance, activate=activate)
