@@ -27,7 +27,7 @@ from evaluation.statistics import paired_difference, wilson_interval
 from evaluation.test_images import TestImages, open_data
 from models import choose_dtype_name, predictor_of
 from service.engine import IN_INT8, StageClock
-from service.passes import Passes, PyTorchPasses
+from service.passes import Passes, PyTorchPasses, to_pixels
 from service.predictor import DEFAULT_THREADS
 
 BATCH, DRAWS, EOT, BLOCK = 64, 10, 4, 250
@@ -169,12 +169,6 @@ def _own_images(
 def _with_interval(right: Right) -> str:
     low, high = wilson_interval(int(right.sum()), len(right))
     return f"{100 * right.mean():.1f} ({100 * low:.1f} to {100 * high:.1f})"
-
-
-def to_pixels(images: Tensor) -> Pixels:
-    """What a client would send: bytes [B, H, W, channels]."""
-    pixels: Pixels = images.mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
-    return pixels
 
 
 def _classes(answers: Rows, row: int) -> NDArray[np.int64]:

@@ -149,6 +149,12 @@ def to_images(pixels: Tensor) -> Tensor:
     return pixels.permute(0, 3, 1, 2).float().div(255)
 
 
+def to_pixels(images: Tensor) -> NDArray[np.uint8]:
+    """The nearest pixels [B, H, W, channels] uint8 of images [B, channels, H, W] in [0, 1], on the host."""
+    pixels: NDArray[np.uint8] = images.mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
+    return pixels
+
+
 def _with_noisy_copies(defended: DefendedClassifier, pixels: Tensor, noise: Tensor | None) -> Tensor:
     return defended.with_noisy_copies(to_images(pixels), None if noise is None else noise.transpose(0, 1))
 

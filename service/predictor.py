@@ -27,7 +27,7 @@ from service.compilers import Compiler, EngineError, choose_compiler
 from service.engine import FALL_BACK_BELOW, WARN_BELOW, EngineSplit, StageClock, choose_dtype, resolve_device
 from service.int8 import check_int8
 from service.openvino_part import fixed_sizes, padded_size
-from service.passes import OpenVinoPasses, Passes, PyTorchPasses, agreement, openvino_chain
+from service.passes import OpenVinoPasses, Passes, PyTorchPasses, agreement, openvino_chain, to_pixels
 from service.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -184,11 +184,8 @@ class Predictor:
         return ServedDefense(version, importance, classifier, passes_of(classifier), engine, share)
 
     def _engine_at(self, importance: NeuronImportance) -> _Ready:
-        key = (
-            importance.layer,
-            self.config.defense.sigma,
-            self._draws,
-        )  # once for all versions: another one is to be served within a second
+        # Once for all versions: another one is to be served within a second.
+        key = importance.layer, self.config.defense.sigma, self._draws
         if key not in self._engines:
             self._engines[key] = self._engine_for(importance)
         return self._engines[key]
@@ -344,8 +341,7 @@ class Predictor:
             logger.info("precisions are not compared: %s", error)
             return None
         # Their values are a byte's: where they were resized, that was done on bytes.
-        pixels: Pixels = images.mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
-        return pixels
+        return to_pixels(images)
 
     def _checked(self, dtype: torch.dtype, name: str) -> torch.dtype:
         return torch.float32 if name == "auto" and self._probe is None else dtype

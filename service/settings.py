@@ -44,7 +44,7 @@ class Settings(BaseSettings):
         "auto", description="What runs the model; auto: openvino on a CPU where it is installed, else none."
     )
     int8_first_pass: bool = Field(
-        False, description="Compute the pseudo-label in int8, by OpenVINO: defended predictions cost 1.5 passes, not 2."
+        False, description="Compute the pseudo-label in int8 where that is quicker; needs OpenVINO and probe images."
     )
     threads: int | None = Field(None, ge=1, description="CPU threads of the model; unset, one a physical core.")
     max_batch_size: Positive = Field(64, description="Images the model takes at once.")
