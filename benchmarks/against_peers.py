@@ -1,11 +1,11 @@
 """The same defended function behind LitServe, BentoML, Ray Serve, MLServer, a plain FastAPI handler, and igd serve (d).
 
-    python benchmarks/against_peers.py [--seconds 4] [--rounds 2] [--systems igd litserve ...]
+    python benchmarks/against_peers.py [--seconds 4] [--rounds 3] [--systems igd litserve ...]
 
 Same model object, decoder, client (wrk), processors and threads; each system as its own documentation advises for
 throughput (``benchmarks/peers``, which installs the newest of each from PyPI). First saturation over 1 to 128
-connections, in rounds in which every system has its turn; then latency at 50% and 80% of the best system's best, with
-requests at Poisson times. The median over rounds counts.
+connections, in rounds in which every system has its turn, forwards and backwards; then latency at 50% and 80% of the
+best system's best, with requests at Poisson times. The median over rounds counts.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def main() -> None:
     """Measure all systems on both models."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=4, help="of each run")
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--systems", nargs="*", default=[OURS, *SYSTEMS])
     arguments = parser.parse_args()
     systems = [system for system in arguments.systems if _installed(system)]
@@ -90,10 +90,16 @@ def _visit(system: str, model: Path, seconds: float, measure: Callable[[str], No
         print(f"{system} is left out: {error}", flush=True)
 
 
+def _turns(systems: list[str], rounds: int) -> Iterator[tuple[int, str]]:
+    """(round, system): every other round goes backwards, as a machine's speed drifts."""
+    for number in range(rounds):
+        yield from product([number], reversed(systems) if number % 2 else systems)
+
+
 def _saturation(model: Path, systems: list[str], seconds: float, rounds: int) -> Cells:
     """(system, connections) -> what each round found."""
     cells: Cells = defaultdict(lambda: defaultdict(list))
-    for _, system in product(range(rounds), systems):
+    for _, system in _turns(systems, rounds):
 
         def measure(url: str, system: str = system) -> None:
             for connections in CONNECTIONS:
@@ -108,7 +114,7 @@ def _saturation(model: Path, systems: list[str], seconds: float, rounds: int) ->
 def _latency(model: Path, systems: list[str], seconds: float, rounds: int, best: float) -> Cells:
     """(system, load) -> what each round found."""
     cells: Cells = defaultdict(lambda: defaultdict(list))
-    for number, system in product(range(rounds), systems):
+    for number, system in _turns(systems, rounds):
 
         def measure(url: str, system: str = system, seed: int = number) -> None:
             for load in LOADS:

@@ -1,15 +1,17 @@
 """How much of the engine's throughput is left behind HTTP: saturated /classify / a bare loop over the same engine (c).
 
-    python benchmarks/http_throughput.py [--seconds 6]
+    python benchmarks/http_throughput.py [--seconds 6] [--rounds 3]
 
 wrk (on the same processors) posts one PNG a request over 1 to 256 connections. The bare loop predicts batches of 64 in
-this process while the server is idle, before and after each of these runs; a ratio is against the mean of the two.
+this process while the server is idle, before and after each of these runs; a ratio is against the mean of the two, and
+of the rounds' ratios, as of all figures, the median counts.
 """
 
 import argparse
 import os
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from measure import plot_lines, write_results
@@ -26,10 +28,15 @@ def main() -> None:
     """Measure both models."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=6, help="of each run")
+    parser.add_argument("--rounds", type=int, default=3, help="of runs with as many connections")
     parser.add_argument("--compile", help="in place of the engine that is served; has results of its own")
     arguments = parser.parse_args()
     engine = {"compile": arguments.compile} if arguments.compile else {}
-    rows = [row for name, model in models().items() for row in _measure(name, model, arguments.seconds, engine)]
+    rows = [
+        row
+        for name, model in models().items()
+        for row in _measure(name, model, arguments.seconds, arguments.rounds, engine)
+    ]
     results = "http_throughput" + (f"_{arguments.compile}" if arguments.compile else "")
     write_results(results, rows)
     plot_lines(
@@ -45,23 +52,31 @@ def _series(rows: list[dict[str, Any]], model: str) -> list[tuple[float, float]]
     return [(row["connections"], row["/classify / bare loop"]) for row in rows if row["model"] == model]
 
 
-def _measure(name: str, model: Path, seconds: float, engine: dict[str, str]) -> list[dict[str, Any]]:
+def _measure(name: str, model: Path, seconds: float, rounds: int, engine: dict[str, str]) -> list[dict[str, Any]]:
     settings = settings_of(model) | engine
     bare, files = BareLoop(model, settings), sample_files(model)
     with igd_server(model, **settings) as server:
         saturate(server.url, 32, seconds / 2, bodies=files)
-        return [_row(name, server, bare, files, connections, seconds) for connections in CONNECTIONS]
+        return [
+            _median_row(name, [_run(server, bare, files, connections, seconds) for _ in range(rounds)])
+            for connections in CONNECTIONS
+        ]
 
 
-def _row(name: str, server: Server, bare: "BareLoop", files: Path, connections: int, seconds: float) -> dict[str, Any]:
+def _median_row(name: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    row = {"model": name} | {column: median(run[column] for run in runs) for column in runs[0]}
+    row["errors"] = sum(run["errors"] for run in runs)
+    return row
+
+
+def _run(server: Server, bare: "BareLoop", files: Path, connections: int, seconds: float) -> dict[str, Any]:
     before = bare.images_per_s(seconds / 3)
     counted, cpu_s = server.metrics(), server.cpu_s()
     found = saturate(server.url, connections, seconds, bodies=files)
     cpu_s = server.cpu_s() - cpu_s + found.client_cpu_s
     batches = {key: server.metrics()[key] - counted[key] for key in ("igd_batch_size_sum", "igd_batch_size_count")}
     after = bare.images_per_s(seconds / 3)
-    row = {
-        "model": name,
+    run = {
         "connections": connections,
         "requests/s": found.requests_per_s,
         "bare loop images/s": (before + after) / 2,
@@ -73,8 +88,8 @@ def _row(name: str, server: Server, bare: "BareLoop", files: Path, connections: 
         "client CPU us/request": 1e6 * found.client_cpu_s / (found.requests_per_s * seconds),
         "cores busy": cpu_s / (seconds * len(os.sched_getaffinity(0))),
     }
-    print(row, flush=True)
-    return row
+    print(run, flush=True)
+    return run
 
 
 class BareLoop:
