@@ -74,6 +74,9 @@ def measure_engine(
     except EngineError as error:
         print(f"{'+'.join(filter(None, (dtype, compiler, first_pass)))} is left out: {error}")
         return []
+    if first_pass and not noisy[1].int8_first_pass:
+        print(f"{dtype}+{compiler}+{first_pass} is left out: {noisy[1].engine.name} is quicker here, or more exact")
+        return []
     rows = []
     many = max(BATCHES)
     of_many = _call(noisy, pixels_of(noisy[0], many))

@@ -7,12 +7,15 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
 import matplotlib
 import torch
 from matplotlib.figure import Figure
+
+from service.predictor import DEFAULT_THREADS
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -86,10 +89,19 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": _cpu_name(),
         "capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
+        "instructions": [name for name, there in torch.cpu.get_capabilities().items() if there is True],
+        "threads": DEFAULT_THREADS,
         "torch": torch.__version__,
+        "openvino": _version_of("openvino"),
         "python": platform.python_version(),
     }
+
+
+def _version_of(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _cpu_name() -> str:

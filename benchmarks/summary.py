@@ -44,12 +44,18 @@ MEASURES: list[tuple[str, str, str, tuple[str, Any], str]] = [
         for n in (1, 8, 32, 128)
     ),
     *(
-        (f"(d) the best peer's p99 / ours, {load} of saturation", ">= 1.2", "lead", ("load", load), "p99 ratio")
+        (
+            f"(d) the best peer's p99 / ours, {load} of the best system's saturation",
+            ">= 1.2",
+            "lead",
+            ("load", load),
+            "p99 ratio",
+        )
         for load in ("50%", "80%")
     ),
     *(
-        (f"(e) goodput / its peak at {load} x saturation", ">= 0.9", "overload", ("load", load), "goodput / peak")
-        for load in (1.1, 1.25, 1.5)
+        (f"(e) goodput / its peak at {load} x saturation", target, "overload", ("load", load), "goodput / peak")
+        for load, target in ((1.1, ">= 0.9"), (1.25, ">= 0.9"), (1.5, ">= 0.9"), (3.0, ""))
     ),
 ]
 

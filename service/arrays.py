@@ -44,6 +44,7 @@ def as_pixels(found: tuple[int, ...], data: bytes | memoryview, config: InputCon
         Unprocessable: another shape, or number of bytes.
     """
     expected = (config.size[0], config.size[1], config.channels)
+    _check_numbers(found)
     if found[1:] != expected or found[0] < 1:
         raise Unprocessable(
             f"expected uint8 pixels of shape [n, {', '.join(map(str, expected))}] (n images, height, width, channels), "
@@ -65,15 +66,21 @@ def _read_npy(body: bytes) -> tuple[tuple[int, ...], memoryview]:
         shape, fortran_order, dtype = read_header(stream)
     except Exception as error:  # it evaluates the header as a literal, which can fail in many ways
         raise Unprocessable(f"expected an array as numpy.save writes it ({error}); send that") from error
-    if any(isinstance(n, int) and n.bit_length() > 63 for n in shape):  # Python refuses to print longer ones
-        raise Unprocessable("expected an array as numpy.save writes it, got one with more than 2**63 rows; send that")
-    if dtype != np.uint8 or fortran_order or any(not isinstance(n, int) or n < 0 for n in shape):
+    _check_numbers(shape)
+    if dtype != np.uint8 or fortran_order or any(n < 0 for n in shape):
         order = ", in Fortran order" if fortran_order else ""
         raise Unprocessable(
             f"expected an array of uint8 in C order, got {dtype} of shape {list(shape)}{order}; "
             "convert it with numpy.ascontiguousarray(array, dtype=numpy.uint8)"
         )
     return shape, memoryview(body)[stream.tell() :]
+
+
+def _check_numbers(shape: tuple[int, ...]) -> None:
+    if any(type(n) is not int for n in shape):  # numpy's own check lets True through
+        raise Unprocessable("expected the shape of an array, got other things than numbers; send the array's own")
+    if any(n.bit_length() > 63 for n in shape):  # Python refuses to print longer ones
+        raise Unprocessable("expected the shape of an array, got one of more than 2**63 rows; send the array's own")
 
 
 def _said(shape: str | None) -> tuple[int, ...] | None:

@@ -14,6 +14,7 @@ from concurrent.futures import CancelledError, Executor, Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import ceil, inf
+from threading import Lock
 from typing import Any, Generic, TypeVar
 
 from service.device import Device
@@ -94,12 +95,13 @@ class Batcher(Generic[Group, Item, Result]):
         self.max_batch_size, self.max_queue, self.max_wait_s = max_batch_size, max_queue, max_wait_s
         self._queue: deque[_Waiting[Group, Item, Result]] = deque()
         self._taken: deque[list[_Waiting[Group, Item, Result]]] = deque()  # batches not settled yet, oldest first
+        self._taking = Lock()  # or the end would miss what goes from the one to the other
         self._loop: asyncio.AbstractEventLoop | None = None
         self._busy = False  # the device has a batch, or is about to take one
         self._due = False  # it is going to be looked whether the device has something to do
         self._timer: asyncio.TimerHandle | None = None
         self._ended = self._draining = False
-        self._began_s = 0.0  # the turn under way
+        self._work_since = 0.0  # when the last results were handed out, or the first of those in progress admitted
         self._recent_items = self._recent_s = 0.0  # of the last ten turns or so
         self._lone_s = inf  # what the last item that was alone in its batch took
         self.in_flight = 0
@@ -172,6 +174,8 @@ class Batcher(Generic[Group, Item, Result]):
     def take_places(self, count: int) -> None:
         """``admit``, for as long as the caller likes: what it took is to be subtracted from ``in_flight``."""
         self.check_room(count)
+        if not self.in_flight and self._loop:
+            self._work_since = self._loop.time()
         self.in_flight += count
 
     async def submit(self, group: Group, items: Sequence[Item]) -> list[Result]:
@@ -212,7 +216,7 @@ class Batcher(Generic[Group, Item, Result]):
         if left_s > 0:
             self._timer = loop.call_later(left_s, self._begin_if_due, loop)
         else:
-            self._busy, self._began_s = True, loop.time()
+            self._busy = True
             if not (self._is_for_here() and self._ran_here(loop)):
                 self._give_device_a_turn(loop)
 
@@ -252,8 +256,8 @@ class Batcher(Generic[Group, Item, Result]):
                     w.answer.set_result(outcome)
             self._taken.popleft()
             self._recent_items = 0.9 * self._recent_items + len(batch)
-            self._recent_s = 0.9 * self._recent_s + loop.time() - self._began_s
-            self._began_s = loop.time()
+            self._recent_s = 0.9 * self._recent_s + loop.time() - self._work_since
+            self._work_since = loop.time()
             if not goes_on:
                 self._busy = False
                 self._begin_if_due(loop)
@@ -268,18 +272,26 @@ class Batcher(Generic[Group, Item, Result]):
         self._on_death(error)
 
     def _end(self, reason: NotReady) -> None:
-        self._ended = True
-        for w in [*(w for batch in self._taken for w in batch), *self._queue]:
+        with self._taking:
+            self._ended = True
+            waiting = [*(w for batch in self._taken for w in batch), *self._queue]
+            self._taken.clear()
+            self._queue.clear()
+        for w in waiting:
             if not w.answer.done():
                 w.answer.set_exception(reason)
-        self._taken.clear()
-        self._queue.clear()
 
     # On the device thread, but for the first turn:
 
     def _give_device_a_turn(self, loop: asyncio.AbstractEventLoop, hand_out: HandOut = _nothing) -> None:
         # One batch a turn: whatever else was given to the executor meanwhile comes before the next.
-        self._device.submit(self._turn, hand_out).add_done_callback(lambda turn: self._after_turn(loop, turn))
+        try:
+            turn = self._device.submit(self._turn, hand_out)
+        except RuntimeError as error:  # it was shut down, or there are no more threads to be had
+            if not self._ended:
+                loop.call_soon_threadsafe(self._die, error)
+            return
+        turn.add_done_callback(lambda turn: self._after_turn(loop, turn))
 
     def _after_turn(self, loop: asyncio.AbstractEventLoop, turn: "Future[Sequence[Result | Exception]]") -> None:
         if self._ended:  # by then the loop may be closed
@@ -316,14 +328,17 @@ class Batcher(Generic[Group, Item, Result]):
     def _take(self) -> list[_Waiting[Group, Item, Result]]:
         """Take the oldest items that are still wanted, all of one group."""
         batch: list[_Waiting[Group, Item, Result]] = []
-        self._taken.append(batch)
-        while self._queue and len(batch) < self.max_batch_size:
-            if not self._queue[0].wanted:
-                self._queue.popleft()
-            elif batch and self._queue[0].group != batch[0].group:
-                break
-            else:
-                batch.append(self._queue.popleft())
+        with self._taking:
+            if self._ended:
+                return batch
+            self._taken.append(batch)
+            while self._queue and len(batch) < self.max_batch_size:
+                if not self._queue[0].wanted:
+                    self._queue.popleft()
+                elif batch and self._queue[0].group != batch[0].group:
+                    break
+                else:
+                    batch.append(self._queue.popleft())
         return batch
 
     def _outcomes(

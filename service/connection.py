@@ -12,12 +12,18 @@ from uvicorn.protocols.http.flow_control import CLOSE_HEADER
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from service.direct import DirectRequest, may_be_direct
+from service.errors import ProblemResponse
 from service.middleware import RequestContext, id_header
 from service.runtime import Runtime
 
+LARGEST_HEAD, HEAD_S = 65536, 60.0  # bytes of a request's line and headers, and the time in which they are to come
 HOLD_S, LOOK_S = 0.005, 0.001  # for the rest of a request: many clients send head and body one after the other
 
 logger = logging.getLogger(__name__)
+
+
+class _HeadTooLarge(Exception):
+    """A request's line and headers are longer than ``LARGEST_HEAD``."""
 
 
 def _nothing() -> None:
@@ -39,17 +45,57 @@ class Connection(HttpToolsProtocol):
         super().__init__(**arguments)
         self._context, self._runtime = context, runtime
         self._receiving = False
+        self._read = self._head_bytes = 0  # of this piece; of a request's head at most, while it is still to come
+        self._in_head = False
+        self._head_deadline: asyncio.TimerHandle | None = None
         self._held: RequestResponseCycle | None = None  # its body is still to come
         self._give_up: asyncio.TimerHandle | None = None
         self._direct: DirectRequest | None = None  # under way
 
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn's
+        """A client has come."""
+        super().connection_made(transport)
+        self._wait_for_head()
+
     def data_received(self, data: bytes) -> None:
         """Whatever the client sent."""
-        self._receiving = True
+        self._receiving, self._read = True, len(data)
+        if self._in_head:
+            self._head_bytes += self._read
         super().data_received(data)
         self._receiving = False
+        if self._in_head:
+            self._wait_for_head()
         if self._held and not self._give_up:
             self._give_up = self.loop.call_later(HOLD_S, self._start_held_after_a_look)
+
+    def on_message_begin(self) -> None:
+        """The parser has seen a request's first byte."""
+        super().on_message_begin()
+        self._in_head, self._head_bytes = True, self._read
+
+    def on_headers_complete(self) -> None:
+        """The parser has seen a request's head."""
+        self._in_head = False
+        if self._head_deadline:
+            self._head_deadline.cancel()
+            self._head_deadline = None
+        if self._head_bytes > LARGEST_HEAD:  # some of which may be the body's
+            self._head_bytes = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
+            if self._head_bytes > LARGEST_HEAD:
+                raise _HeadTooLarge  # the parser's error, of which uvicorn tells the client
+        super().on_headers_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is no request, or too long a one; the connection's last answer."""
+        if self._head_bytes <= LARGEST_HEAD:
+            super().send_400_response(msg)
+            return
+        detail = f"expected at most {LARGEST_HEAD} bytes of request line and headers; send fewer or shorter headers"
+        problem = ProblemResponse(431, detail, {"Connection": "close"})
+        lines = [part for name, value in problem.raw_headers for part in (name, b": ", value, b"\r\n")]
+        self.transport.write(b"".join([STATUS_LINE[431], *lines, b"\r\n", problem.body]))
+        self.transport.close()
 
     def on_message_complete(self) -> None:
         """The parser has seen a whole request."""
@@ -67,10 +113,21 @@ class Connection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """The client left, or the answer was the last."""
         super().connection_lost(exc)
+        if self._head_deadline:
+            self._head_deadline.cancel()
         self._start_held()
         if direct := self._direct:
             self._direct = None
             direct.leave()
+
+    def _wait_for_head(self) -> None:
+        """Neither without end nor for ever: no other limit holds for a request before its head is there."""
+        if self.transport.is_closing():
+            return
+        if self._head_bytes > LARGEST_HEAD:
+            self.send_400_response("")
+        elif not self._head_deadline:
+            self._head_deadline = self.loop.call_later(HEAD_S, self.transport.close)
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         # Where uvicorn calls this otherwise, everything goes to the application.

@@ -36,13 +36,18 @@ class Decoder:
         """Pixels [H, W, C] of each file.
 
         Raises:
-            BadImage, TooLarge, Unprocessable: of the first file that is at fault.
+            BadImage, TooLarge, Unprocessable: a file is at fault.
         """
         if len(files) == 1:
             with suppress(NotOnTheSpot):
                 return [self.on_the_spot(files[0])]
         loop = asyncio.get_running_loop()
-        return await asyncio.gather(*(loop.run_in_executor(self._pool, self._decode, file) for file in files))
+        decoded = [loop.run_in_executor(self._pool, self._decode, file) for file in files]
+        try:
+            return await asyncio.gather(*decoded)
+        finally:
+            for pixels in decoded:  # where one is at fault, nobody will read the others, nor count what they hold
+                pixels.cancel()
 
     def on_the_spot(self, file: bytes) -> Pixels:
         """``decode``, of a file that is quicker decoded than sent elsewhere.

@@ -13,7 +13,7 @@ from service.answers import Answer, Classified
 from service.arrays import Pixels
 from service.decoding import SMALL_BYTES, NotOnTheSpot
 from service.logs import log_context
-from service.middleware import LEFT, RequestContext
+from service.middleware import LEFT, LONGEST_LENGTH, RequestContext
 from service.routes.admission import deadline_exceeded
 from service.routes.auth import check_api_key
 from service.routes.bodies import media_type_of, shape_of
@@ -35,7 +35,7 @@ def may_be_direct(scope: Scope) -> bool:
     else:
         return False
     length = header_of(scope, b"content-length")
-    return length.isdecimal() and int(length) <= largest
+    return len(length) <= LONGEST_LENGTH and length.isdecimal() and int(length) <= largest
 
 
 def header_of(scope: Scope, name: bytes) -> str:

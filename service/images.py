@@ -1,6 +1,7 @@
 """From the bytes of an image file to the pixels that the network takes. The bytes may be hostile."""
 
 import io
+import math
 import re
 import warnings
 
@@ -14,6 +15,7 @@ from service.errors import BadImage, ServiceError, TooLarge, Unprocessable
 
 MAX_JPEG_SCANS = 100  # as in libtiff; encoders write about 10
 _JPEG_SCAN = re.compile(rb"\xff\xda\x00(?:\x08\x01|\x0a\x02|\x0c\x03|\x0e\x04)")  # its header up to the components
+_TIFF_TILE_SIDES = 322, 323  # tags
 # Thousands of different ones from one file of a stranger's: no news for the log, and Python would keep each for ever.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
@@ -59,6 +61,10 @@ def _check_header(image: Image.Image, data: bytes, max_pixels: int) -> None:
             f"expected at most {max_pixels} pixels, got {image.width} x {image.height}; send a smaller image, "
             "or raise IGD_MAX_PIXELS"
         )
+    # A TIFF of 8 x 8 pixels may be one tile of gigapixels, which is decoded whole.
+    tile_sides = [getattr(image, "tag_v2", {}).get(tag, 0) for tag in _TIFF_TILE_SIDES]
+    if all(isinstance(side, int) for side in tile_sides) and math.prod(tile_sides) > max_pixels:
+        raise TooLarge(f"expected tiles of at most {max_pixels} pixels, got more; save the image without tiles")
     # An MPO is a JPEG with previews of itself in it; of an animation, an attacker could choose the frame we look at.
     # Not n_frames: to count the pages of a TIFF takes Pillow a time that grows with their square.
     if image.format != "MPO" and getattr(image, "is_animated", False):

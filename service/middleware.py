@@ -28,6 +28,7 @@ from service.request_log import RequestLog
 
 logger = logging.getLogger(__name__)
 
+LONGEST_LENGTH = 19  # digits of a Content-Length
 LEFT = 499  # the status, in logs and metrics, of a request whose client left, as nginx has it
 
 _KNOWN_PROBLEMS: list[tuple[type[Exception], int]] = [
@@ -144,7 +145,8 @@ class BodyLimit:
         Raises:
             TooLarge: it is.
         """
-        if length is not None and length.isdigit() and int(length) > self.max_body_bytes:
+        # Python reads no numbers of thousands of digits.
+        if length and length.isdigit() and (len(length) > LONGEST_LENGTH or int(length) > self.max_body_bytes):
             raise body_too_large(self.max_body_bytes)
 
     def count(self, size: int, received: int) -> None:

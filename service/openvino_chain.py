@@ -1,6 +1,6 @@
 """Both parts of a network by OpenVINO, one after the other: what lies between them is not copied."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import inf
 from time import perf_counter
@@ -90,53 +90,52 @@ class OpenVinoChain:
         self.int8_batch: int | None = None
         with openvino_error(dtype):
             compiler = _Compiler(traced(back, [*between, constant]), dtype, examples, constant, threads)
-            ranges: list[Range] | None = None
-
-            def model_of(front: nn.Module) -> "openvino.Model":
-                model = compiler.traced(front)
-                return model if ranges is None else quantized(model, ranges)
-
-            models = [model_of(front)]
+            fronts = [compiler.front(front)]
             if int8:
-                ranges = calibrate(compiler.traced(int8.front), int8.batches, threads)
-                models.append(model_of(int8.front))
+                fronts.append(compiler.front_in_int8(int8))
             if fits_fixed_sizes(front, dtype, sizes):
-                for size in sizes:
-                    ways = [compiler.fixed(model, size) for model in models]
-                    self._fixed[size] = compiler.quickest(ways, size)
-                    if self._fixed[size] is not ways[0]:
-                        self.int8_batch = size
-                largest = models[-1 if self.int8_batch == sizes[-1] else 0]
-                self._any_size = Whole(*compiler.requests(largest, -1)[0])
-                return
-            rows, streams = len(between[0]) // 2, min(threads, MAX_STREAMS)
-            best = compiler.parts(models[0], streams, rows)
-
-            def adopt_if_quicker(model: "openvino.Model") -> bool:
-                nonlocal best
-                before, parts = best, compiler.parts(model, streams, rows)
-                best = compiler.quickest([before, parts], parts.smallest_batch)  # larger ones gain more
-                return best is parts
-
-            if int8 and adopt_if_quicker(models[1]):
-                front, plain, self.int8_batch = int8.front, models[1], sizes[-1]
+                self._any_size = self._fix(compiler, fronts, sizes)
             else:
-                plain, ranges = models[0], None
-            changed = with_matrix_products(front, examples)
-            products = plain if changed is front else model_of(changed)
-            with_products = products is not plain and adopt_if_quicker(products)
-            self._any_size = Whole(*compiler.requests(products if with_products else plain, -1)[0])
-            for variant in winograd_variants(front, dtype, examples):
-                rest = with_matrix_products(variant, examples) if with_products else variant
-                if not adopt_if_quicker(model_of(rest)):
-                    break  # more of them hardly would be
-            self._parts = best
-            lone = [compiler.fixed(model, 1) for model in ([*models, products] if with_products else models)]
-            if row and streams > 1:
-                lone.append(compiler.by_row(row, rows, streams))
-            self._lone = compiler.quickest(lone, 1)
-            if int8 and self._lone is lone[1]:
-                self.int8_batch = self.int8_batch or 1
+                self._any_size = self._divide(compiler, fronts, len(between[0]) // 2, row, sizes[-1])
+
+    def _fix(self, compiler: "_Compiler", fronts: "Sequence[_Front]", sizes: Sequence[int]) -> Whole:
+        """Of a small network; the way for sizes beyond is returned."""
+        for size in sizes:
+            ways = [compiler.fixed(front, size) for front in fronts]
+            self._fixed[size] = compiler.quickest(ways, size)
+            if self._fixed[size] is not ways[0]:
+                self.int8_batch = size
+        return compiler.whole(fronts[-1 if self.int8_batch == sizes[-1] else 0])
+
+    def _divide(
+        self, compiler: "_Compiler", fronts: "Sequence[_Front]", rows: int, row: nn.Module | None, largest: int
+    ) -> Whole:
+        """Of a large network, whose front has so many rows for an image; the way for undivided batches is returned."""
+        streams = compiler.streams
+        best = compiler.parts(fronts[0], rows)
+
+        def adopt_if_quicker(front: "_Front") -> bool:
+            nonlocal best
+            before, parts = best, compiler.parts(front, rows)
+            best = compiler.quickest([before, parts], parts.smallest_batch)  # larger ones gain more
+            return best is parts
+
+        front = fronts[0]
+        if len(fronts) > 1 and adopt_if_quicker(fronts[1]):
+            front, self.int8_batch = fronts[1], largest
+        products = compiler.with_products(front)
+        with_products = products is not front and adopt_if_quicker(products)
+        for variant in compiler.winograd_variants(front, with_products=with_products):
+            if not adopt_if_quicker(variant):
+                break  # more of them hardly would be
+        self._parts = best
+        lone = [compiler.fixed(each, 1) for each in ([*fronts, products] if with_products else fronts)]
+        if row and streams > 1:
+            lone.append(compiler.by_row(row, rows))
+        self._lone = compiler.quickest(lone, 1)
+        if len(fronts) > 1 and self._lone is lone[1]:
+            self.int8_batch = self.int8_batch or 1
+        return compiler.whole(products if with_products else front)
 
     def __call__(self, inputs: Sequence[Array], constant: Array) -> tuple[Array, Seconds]:
         """The back's value, float32, and the seconds that front and back took."""
@@ -152,11 +151,27 @@ class OpenVinoChain:
         return way(inputs, constant)
 
 
+@dataclass(frozen=True)
+class _Front:
+    """A front, and what OpenVINO makes executables of.
+
+    Attributes:
+        ranges: of the activations of its first pass, if that is in int8.
+    """
+
+    module: nn.Module
+    model: "openvino.Model"
+    ranges: list[Range] | None = None
+
+
 class _Compiler:
     """Makes executables of fronts, and of the back that follows them.
 
     Args:
         back: as OpenVINO's model. The others: see ``OpenVinoChain``.
+
+    Attributes:
+        streams: that compute parts or rows beside each other.
     """
 
     def __init__(
@@ -165,16 +180,35 @@ class _Compiler:
         self._back, self._dtype, self._threads = back, dtype, threads
         self._examples, self._constant = examples, constant.numpy()
         self._shapes = [list(e.shape[1:]) for e in examples]
+        self.streams = min(threads, MAX_STREAMS)
 
-    def traced(self, front: nn.Module) -> "openvino.Model":
-        """A front as OpenVINO's model."""
-        return traced(front, self._examples)
+    def front(self, module: nn.Module, ranges: list[Range] | None = None) -> _Front:
+        """The module as a front; for ``ranges`` see there."""
+        model = traced(module, self._examples)
+        return _Front(module, model if ranges is None else quantized(model, ranges), ranges)
+
+    def front_in_int8(self, int8: Int8FirstPass) -> _Front:
+        """The front whose first pass is in int8."""
+        model = traced(int8.front, self._examples)
+        ranges = calibrate(model, int8.batches, self._threads)
+        return _Front(int8.front, quantized(model, ranges), ranges)
+
+    def with_products(self, front: _Front) -> _Front:
+        """With products of matrices for convolutions; the same front where none would gain."""
+        module = with_matrix_products(front.module, self._examples)
+        return front if module is front.module else self.front(module, front.ranges)
+
+    def winograd_variants(self, front: _Front, *, with_products: bool) -> Iterator[_Front]:
+        """With Winograd's convolutions, ever more of them."""
+        for variant in winograd_variants(front.module, self._dtype, self._examples):
+            module = with_matrix_products(variant, self._examples) if with_products else variant
+            yield self.front(module, front.ranges)
 
     def blank(self, count: int) -> list[Array]:
         """Inputs of zeros for so many images."""
         return [np.zeros((count, *e.shape[1:]), e.numpy().dtype) for e in self._examples]
 
-    def requests(self, front: "openvino.Model", size: int, streams: int = 1, number: int = 1) -> "list[Requests]":
+    def _requests(self, front: "openvino.Model", size: int, streams: int = 1, number: int = 1) -> "list[Requests]":
         """To front and back, for batches of this size; -1 is any."""
         shapes = [[size, *shape] for shape in self._shapes]
         first = executable(front, shapes, self._dtype, self._threads, streams)
@@ -184,21 +218,25 @@ class _Compiler:
     def _back_for(self, crossing: "Sequence[Sequence[int] | openvino.PartialShape]") -> "openvino.CompiledModel":
         return executable(self._back, [*crossing, self._constant.shape], torch.float32, 1)
 
-    def parts(self, front: "openvino.Model", streams: int, rows: int) -> "Parts":
-        """The way that divides a batch."""
-        return Parts(self.requests(front, -1, streams, 2 * streams), streams, rows)
+    def whole(self, front: _Front) -> Whole:
+        """The way for batches of any size."""
+        return Whole(*self._requests(front.model, -1)[0])
 
-    def fixed(self, front: "openvino.Model", size: int) -> Fixed:
+    def parts(self, front: _Front, rows: int) -> Parts:
+        """The way that divides a batch; the front has so many rows for an image."""
+        return Parts(self._requests(front.model, -1, self.streams, 2 * self.streams), self.streams, rows)
+
+    def fixed(self, front: _Front, size: int) -> Fixed:
         """The way for this batch size alone."""
-        (request, back), memory = self.requests(front, size)[0], self.blank(size)
+        (request, back), memory = self._requests(front.model, size)[0], self.blank(size)
         return Fixed(WholeFront(request, memory), back, memory, np.zeros_like(self._constant))
 
-    def by_row(self, row: nn.Module, number: int, streams: int) -> Fixed:
+    def by_row(self, row: nn.Module, rows: int) -> Fixed:
         """The way of an image with so many rows, each by itself; for ``row`` see ``OpenVinoChain``."""
         (pixels, noise), memory = self._shapes, self.blank(1)
         shapes = [[1, *pixels], [1, 1, *noise[1:]]]
-        each = executable(self.traced(row), shapes, self._dtype, self._threads, streams)
-        front = FrontByRow([each.create_infer_request() for _ in range(number)], memory)
+        each = executable(traced(row, self._examples), shapes, self._dtype, self._threads, self.streams)
+        front = FrontByRow([each.create_infer_request() for _ in range(rows)], memory)
         back = self._back_for([value.shape for value in front.values]).create_infer_request()
         return Fixed(front, back, memory, np.zeros_like(self._constant))
 

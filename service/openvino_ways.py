@@ -4,7 +4,7 @@ What lies between the parts is not copied.
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate, pairwise
 from math import ceil
 from time import perf_counter
@@ -91,8 +91,7 @@ class Parts:
             while under_way:
                 finish_oldest()
         finally:
-            for front, _ in under_way:  # where one failed, the others may still be at work
-                front.wait()
+            _wait_for(front for front, _ in under_way)  # where one failed, the others may still be at work
         return np.concatenate(values), (perf_counter() - began_s - back_s, back_s)
 
 
@@ -178,8 +177,19 @@ class FrontByRow:
             for request in self._requests:
                 request.start_async()
         finally:  # where one could not be started, the others may still be at work
-            for request in self._requests:
-                request.wait()
+            _wait_for(self._requests)
+
+
+def _wait_for(requests: "Iterable[openvino.InferRequest]") -> None:
+    """Wait for all of them; then, if any failed, raise the first one's error."""
+    errors = []
+    for request in requests:
+        try:
+            request.wait()
+        except Exception as error:  # noqa: BLE001 - raised below, once none is at work any more
+            errors.append(error)
+    if errors:
+        raise errors[0]
 
 
 def _differences(times: Sequence[float]) -> Seconds:

@@ -1,7 +1,7 @@
 """Both passes as one call, from an image's pixels and its noise to its probabilities."""
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -167,11 +167,18 @@ def _rows(defended: DefendedClassifier, values: tuple[Tensor, ...], masks: Tenso
 
 
 def agreement(
-    fast: Passes, exact: Passes, pixels: NDArray[np.uint8], noise: Tensor | None, batch_size: int = 64
+    fast: Passes, exact: Passes, pixels: NDArray[np.uint8], noise: Tensor | None, batch_sizes: Collection[int] = (64,)
 ) -> float:
-    """The share of images [B, H, W, channels] whose defended prediction is the same, given the same noise."""
-    same = []
-    for i in range(0, len(pixels), batch_size):
-        given = pixels[i : i + batch_size], None if noise is None else noise[i : i + batch_size]
-        same.append(fast(*given)[:, 0].argmax(1) == exact(*given)[:, 0].argmax(1))
-    return float(np.concatenate(same).mean())
+    """The share of images [B, H, W, channels] whose defended prediction is the same, given the same noise.
+
+    Args:
+        batch_sizes: that ``fast`` predicts in, each of which may have an executable of its own; the least share counts.
+    """
+
+    def predictions(passes: Passes, size: int) -> NDArray[np.int64]:
+        batches = [slice(i, i + size) for i in range(0, len(pixels), size)]
+        rows = [passes(pixels[batch], None if noise is None else noise[batch]) for batch in batches]
+        return np.concatenate([row[:, 0].argmax(1) for row in rows])
+
+    expected = predictions(exact, max(batch_sizes))
+    return min(float((predictions(fast, size) == expected).mean()) for size in batch_sizes)

@@ -48,8 +48,8 @@ class ServedDefense:
 
     Attributes:
         dtype, compiler: of the trunk. int8_first_pass: whether some first passes are in int8.
-        agreement: share of probe images with the same defended prediction in float32 by PyTorch; None where there was
-            nothing to compare.
+        agreement: share of probe images with the same defended prediction in float32 by PyTorch, alone or in batches,
+            whichever is less; None where there was nothing to compare.
     """
 
     version: str
@@ -351,8 +351,9 @@ class Predictor:
             return None
         exact = PyTorchPasses(self._defend(self._split_at(importance.layer), importance), StageClock(self.device))
         fast, noise = passes_of(self._defend(engine, importance)), self._noise(self._probe.shape)
-        sizes = {self._sizes[-1], engine.int8_batch or self._sizes[-1]}
-        return min(agreement(fast, exact, self._probe, noise, size) for size in sizes)
+        # A lone image, a small batch and a large one are computed by executables of their own.
+        sizes = {1, self._sizes[len(self._sizes) // 2], self._sizes[-1], engine.int8_batch or 1}
+        return agreement(fast, exact, self._probe, noise, sizes)
 
 
 def joined(pixels: Sequence[Pixels]) -> Pixels:

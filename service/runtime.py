@@ -229,7 +229,7 @@ class Runtime:
                 return await asyncio.to_thread(self._open_store)
             except StoreUnavailable as error:
                 self.problem = str(error)
-            except StoreError as error:
+            except Exception as error:  # noqa: BLE001 - as at the start, where it ends the process as well
                 return self._die(error)
 
     def _close_store(self) -> None:

@@ -18,6 +18,7 @@ from service.listener import Listener
 from service.middleware import RequestContext
 from service.runtime import Runtime
 
+CLOSING_S, CLOSING = 3.0, 0.4  # the end of drain_s, or of a short one so much: to refuse what is left, and to close
 SWITCH_INTERVAL_S = 0.00005
 # A thousand requests in flight are many young objects, and next to none is garbage that only the collector finds.
 GC_THRESHOLDS = (100_000, 20, 100)
@@ -71,6 +72,7 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Told to stop: readiness first, then new requests, the socket last. Told again: at once."""
         if self._told_to_stop_at is not None:
+            self.config.timeout_graceful_shutdown = 0
             super().handle_exit(sig, frame)
         self._told_to_stop_at = time.monotonic()
         self._runtime.leaving, self._runtime.draining = True, self._runtime.settings.drain_delay_s == 0
@@ -85,7 +87,13 @@ class Server(uvicorn.Server):
             since_s, settings = time.monotonic() - self._told_to_stop_at, self._runtime.settings
             self._runtime.draining = since_s >= settings.drain_delay_s
             answered = not self._runtime.batcher.in_flight and since_s >= settings.drain_delay_s
-            self.should_exit = self.should_exit or answered or since_s > settings.drain_s
+            left_s, closing_s = settings.drain_s - since_s, min(CLOSING_S, CLOSING * settings.drain_s)
+            if left_s < closing_s:
+                await self._runtime.batcher.drain(0)  # what is left gets its 503
+                answered = True
+            self.should_exit = self.should_exit or answered
+            for_connections_s = max(0, int(left_s - closing_s / 2))
+            self.config.timeout_graceful_shutdown = min(for_connections_s, self.config.timeout_graceful_shutdown or 0)
         return await super().on_tick(counter)
 
     async def _listen(self) -> None:

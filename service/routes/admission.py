@@ -34,11 +34,13 @@ async def classified(
     runtime.batcher.check_room()  # before anything is read: under overload, most of the work would be refusing
     remaining_s = deadline_s - (time.perf_counter() - request.state.arrived_at)
     try:
-        async with asyncio.timeout(remaining_s):
+        async with asyncio.timeout(remaining_s) as limit:
             images = await read_images()
             async with while_connected(request):
                 answers = await runtime.classify(defense, images)
     except TimeoutError as error:
+        if not limit.expired():  # something else's
+            raise
         raise deadline_exceeded(deadline_s) from error
     request.scope["state"]["classified"] = answers  # for the request's line in the log
     return defense, answers

@@ -28,7 +28,7 @@ async def read_images(request: Request, config: InputConfig, *, max_images: int)
     elif media_type == "multipart/form-data":
         images = await _files_of_form(request, max_images)
     elif media_type == "application/json":
-        images = _files_of_json(await read_body(request))
+        images = _files_of_json(await read_body(request), max_images)
     elif media_type in arrays.MEDIA_TYPES:
         images = arrays.read_pixels(await read_body(request), media_type, config, shape_of(parameters))
     else:
@@ -67,8 +67,11 @@ def media_type_of(content_type: str) -> tuple[str, str]:
 
 def shape_of(parameters: str) -> str | None:
     """The parameter ``shape``, of bare bytes."""
-    name, _, value = parameters.partition("=")
-    return value.strip(' "') if name.strip().lower() == "shape" else None
+    for parameter in parameters.split(";"):
+        name, _, value = parameter.partition("=")
+        if name.strip().lower() == "shape":
+            return value.strip(' "')
+    return None
 
 
 def too_many_images(max_images: int) -> TooLarge:
@@ -94,9 +97,14 @@ async def _files_of_form(request: Request, max_images: int) -> list[bytes]:
         raise Unprocessable(f"expected names in the charset of the Content-Type, got others: {error}") from error
 
 
-def _files_of_json(body: bytes) -> list[bytes]:
+def _files_of_json(body: bytes, max_images: int) -> list[bytes]:
+    # Millions of strings would be made before they could be counted. Base64 has no comma, a data: prefix has one.
+    if body.count(b",") > 2 * max_images:
+        raise too_many_images(max_images)
     try:
         images = ClassifyRequest.model_validate_json(body).images
+        if len(images) > max_images:
+            raise too_many_images(max_images)
         return [base64.b64decode(image, validate=True) for image in images]
     except ValidationError as error:
         first = error.errors()[0]

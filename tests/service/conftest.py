@@ -37,12 +37,15 @@ class Igd:
 
     Args:
         fresh: run ``python -m igd``; otherwise fork from a process that has imported torch, which saves seconds.
+        before: code that a forked one runs first, to break something in it.
     """
 
     _context = multiprocessing.get_context("forkserver")
     _context.set_forkserver_preload(["igd.cli"])
 
-    def __init__(self, log: Path, *arguments: object, fresh: bool = False, **environment: str) -> None:
+    def __init__(
+        self, log: Path, *arguments: object, fresh: bool = False, before: str = "", **environment: str
+    ) -> None:
         self._log = log
         arguments = tuple(map(str, arguments))
         # One thread and no worker of its own: the tests share a small machine.
@@ -53,7 +56,7 @@ class Igd:
                 command = [sys.executable, "-m", "igd", *arguments]
                 self._process = subprocess.Popen(command, stdout=output, stderr=output, env=os.environ | environment)
         else:
-            given = {"arguments": arguments, "environment": environment, "output": str(log)}
+            given = {"arguments": arguments, "environment": environment, "output": str(log), "before": before}
             script = str(Path(__file__).with_name("run_igd.py"))
             self._process = self._context.Process(target=runpy.run_path, args=(script, given))
             self._process.start()

@@ -1,6 +1,6 @@
 """What a process forked for a test runs: ``igd``, with arguments, environment and output of its own.
 
-Run by ``runpy.run_path`` with ``arguments``, ``environment`` and ``output`` as globals.
+Run by ``runpy.run_path`` with ``arguments``, ``environment``, ``output`` and ``before`` (code, run first) as globals.
 """
 
 # ruff: noqa: F821
@@ -15,4 +15,5 @@ sys.argv = ["igd", *arguments]
 
 from igd.cli import main  # noqa: E402
 
+exec(before)
 main()

@@ -54,6 +54,7 @@ def test_pixels_are_a_view_of_the_body():
         (PIXELS.tobytes(), "5,4,6", "got [5, 4, 6]"),
         (PIXELS.tobytes(), "-1,4,6,3", "got [-1, 4, 6, 3]"),
         (PIXELS.tobytes(), "many", "shape=n,H,W,C"),
+        (PIXELS.tobytes(), "9" * 4300 + ",4,6,3", "more than 2**63"),
     ],
 )
 def test_bytes_that_are_no_images_of_this_network_are_refused(body, shape, fragment):
@@ -74,6 +75,10 @@ def test_bytes_that_are_no_images_of_this_network_are_refused(body, shape, fragm
         (npy(PIXELS[:0]), "got [0, 4, 6, 3]"),
         (npy(PIXELS[0]), "got [4, 6, 3]"),
         (with_header(f"{{'descr': '|u1', 'fortran_order': False, 'shape': (0x1{'0' * 5000}, 1)}}"), "more than 2**63"),
+        (
+            with_header("{'descr': '|u1', 'fortran_order': False, 'shape': (True, 4, 6, 3)}"),
+            "other things than numbers",
+        ),
         (npy(np.array([{}], dtype=object), allow_pickle=True), "got object"),
         (with_header("{'descr': '|u1', 'fortran_order': False, 'shape': (-5, 4, 6, 3)}"), "[-5, 4, 6, 3]"),
         (with_header("{'descr': '|u1', 'fortran_order': False, 'shape': (10**9, 4, 6, 3)}"), "numpy.save"),

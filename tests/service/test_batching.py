@@ -324,6 +324,30 @@ def test_draining_answers_all_that_was_admitted_and_refuses_what_comes_later():
     asyncio.run(scenario())
 
 
+@pytest.mark.parametrize("after", [0, 1])
+def test_without_a_device_nobody_waits_for_ever(after):
+    """It is lost before the first batch, or between two."""
+    deaths = []
+
+    async def scenario():
+        device = Device()
+        async with running(device, on_death=deaths.append) as batcher:
+            if after:
+                device.hold()
+            tasks = [await start(batcher, "first")]
+            if after:
+                await until(lambda: device.batches)
+            batcher._device.shutdown(wait=False)
+            tasks.append(await start(batcher, "second"))
+            device.release()
+            outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+            assert isinstance(outcomes[-1], NotReady) and "dispatcher died" in str(outcomes[-1])
+            assert not batcher.alive
+
+    asyncio.run(scenario())
+    assert len(deaths) == 1 and isinstance(deaths[0], RuntimeError)
+
+
 def test_draining_does_not_wait_for_a_stuck_device_for_ever():
     async def scenario():
         device = Device()

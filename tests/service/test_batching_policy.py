@@ -128,6 +128,24 @@ def test_retry_after_is_the_time_that_the_queue_takes_at_the_present_rate(max_qu
     assert simulate(scenario) == pytest.approx(expected_s, abs=1)
 
 
+def test_retry_after_counts_what_comes_before_the_device():
+    async def scenario(loop):
+        async with batching(loop, max_queue=10) as (batcher, _):
+
+            async def decode_and_submit(item):
+                with batcher.admit(1):
+                    await asyncio.sleep(2 * (1 + item))  # one after the other
+                    await batcher.submit("a", [item])
+
+            await asyncio.sleep(100)  # with nothing to do, which says nothing of the rate
+            await asyncio.gather(*(decode_and_submit(i) for i in range(10)))
+            with batcher.admit(10), pytest.raises(QueueFull) as full, batcher.admit(1):
+                pass
+            return int(full.value.headers["Retry-After"])
+
+    assert simulate(scenario) == pytest.approx(20, abs=1)
+
+
 def poisson(rate, count, seed=0):
     dice, moment = random.Random(seed), 0.0
     return [moment := moment + dice.expovariate(rate) for _ in range(count)]

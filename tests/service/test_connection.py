@@ -538,6 +538,49 @@ def test_at_shutdown_the_answer_is_the_connection_s_last():
     run(scenario)
 
 
+@pytest.mark.parametrize("sent", [b"", b"P", head(10)[:-2]])
+def test_a_head_that_does_not_come_ends_the_connection(sent, monkeypatch):
+    monkeypatch.setattr("service.connection.HEAD_S", 0.1)
+
+    async def scenario():
+        async with serving() as (service, connect):
+            reader, writer = await connect()
+            writer.write(sent)
+            assert await asyncio.wait_for(reader.read(), 20) == b""
+            assert not service.asked
+
+    run(scenario)
+
+
+def test_a_head_that_comes_slowly_is_read_and_the_body_has_its_own_time(monkeypatch):
+    monkeypatch.setattr("service.connection.HEAD_S", 1.0)
+
+    async def scenario():
+        async with serving() as (service, connect):
+            reader, writer = await connect()
+            request = request_of(png(), KEY)
+            for i in range(0, 60, 20):
+                writer.write(request[i : i + 20])
+                await asyncio.sleep(0.05)
+            writer.write(request[60:-1])
+            await asyncio.sleep(1.5)
+            writer.write(request[-1:])
+            assert (await read_answer(reader))[0] == 418 and service.asked
+
+    run(scenario)
+
+
+def test_a_large_body_in_one_piece_with_its_head_is_none_of_the_head():
+    async def scenario():
+        async with serving() as (_, connect):
+            reader, writer = await connect()
+            writer.write(request_of(bytes(150_000), KEY, media_type="application/octet-stream") * 2)
+            for _ in range(2):
+                assert (await read_answer(reader))[0] == 418
+
+    run(scenario)
+
+
 def test_a_bug_is_logged_under_the_request_s_id_and_answered_with_500(caplog):
     def fail(defense, images):
         raise ZeroDivisionError

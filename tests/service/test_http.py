@@ -175,6 +175,7 @@ PROBLEMS = {
     "too many pixels": (413, "POST", "/classify", {"content": flat(400, 300), "headers": IMAGE}, "400 x 300"),
     "too many files": (413, "POST", "/classify", {"files": form_of(*[b"x"] * (MAX_IMAGES + 1))}, "at most 20 images"),
     "many too many files": (413, "POST", "/classify", {"files": form_of(*[b"x"] * 1000)}, "at most 20 images"),
+    "many too many in JSON": (413, "POST", "/classify", {"json": {"images": [""] * 50_000}}, "at most 20 images"),
     "too many in JSON": (413, "POST", "/classify", {"json": {"images": [""] * 21}}, "at most 20 images"),
     "a form of another kind": (415, "POST", "/classify", {"data": {"images": "x"}}, "x-www-form-urlencoded"),
     "text": (415, "POST", "/classify", {"content": b"hi", "headers": {"Content-Type": "text/plain"}}, "--data-binary"),
@@ -464,6 +465,11 @@ def chunk(data):
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
+def with_body(*headers):
+    """A request for a classification with all that it needs."""
+    return head(f"Content-Length: {len(png())}", CLOSE, *headers) + png()
+
+
 CLOSE = "Connection: close"
 # what is sent, statuses that may come back (none: the connection is just closed)
 RAW = {
@@ -481,8 +487,11 @@ RAW = {
     "HTTP/3": ([b"GET / HTTP/3.0\r\n\r\n"], {400, 505}),
     "a header without a colon": ([b"GET /model HTTP/1.1\r\nHost x\r\n\r\n"], {400}),
     "a NUL in a header": ([head("X-A: a\0b", CLOSE)], {400}),
-    "a header of 1 MB": ([head("X-Long: " + "x" * 1_000_000, CLOSE)], {400, 413, 431}),
-    "20,000 headers": ([head(*["X-A: b"] * 20_000, CLOSE)], {400, 413, 431}),
+    "a length of 5,000 zeros": ([head("Content-Length: " + "0" * 5000 + str(len(png())), CLOSE), png()], {413}),
+    "a header of 1 MB": ([with_body("X-Long: " + "x" * 1_000_000)], {431}),
+    "a header that never ends": ([head()[:-2], b"X-Long: ", *[b"x" * 10_000] * 1000], {431}),
+    "a path of 100 kB": ([head(request="POST /" + "x" * 100_000)], {431}),
+    "20,000 headers": ([with_body(*["X-A: b"] * 20_000)], {431}),
 }
 
 

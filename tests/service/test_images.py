@@ -76,9 +76,10 @@ def png(width, height, rows, *, bits=8, color=0, extra=b""):
     return b"\x89PNG\r\n\x1a\n" + chunks
 
 
-def tiff(width, height, pages=1):
+def tiff(width, height, pages=1, in_tiles=False):
     """An uncompressed 8-bit gray TIFF by hand: directories one after the other, all of the same 64 bytes."""
-    tags = ((256, width), (257, height), (258, 8), (259, 1), (262, 1), (273, 0), (279, 64))
+    place = ((322, 46_000), (323, 46_000), (324, 0), (325, 64)) if in_tiles else ((273, 0), (279, 64))
+    tags = ((256, width), (257, height), (258, 8), (259, 1), (262, 1), *place)
     directory = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
     length = len(directory) + 4
     offsets = [8 + page * length for page in range(1, pages)] + [0]
@@ -290,6 +291,7 @@ BOMBS = {
     "GIF": gif(65_535, 65_535),
     "JPEG": jpeg(65_000, 65_000),
     "TIFF": tiff(100_000, 100_000),
+    "TIFF with a tile of 2 gigapixels": tiff(8, 8, in_tiles=True),
     "WebP": b"RIFF\x1e\0\0\0WEBPVP8X\x0a\0\0\0\0\0\0\0" + (b"\xff\x3f\0" * 2) + b"VP8 \x04\0\0\0\0\0\0\0",
 }
 

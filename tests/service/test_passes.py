@@ -248,4 +248,37 @@ def test_agreement_is_the_share_of_equal_predictions():
     pixels = np.array([[2, 1], [1, 2], [3, 1], [5, 4]], np.uint8).reshape(4, 1, 2, 1)
 
     assert agreement(all_neurons, all_neurons, pixels, None) == 1
-    assert agreement(all_neurons, first_neuron, pixels, None, batch_size=3) == 0.75
+    assert agreement(all_neurons, first_neuron, pixels, None, batch_sizes=[3]) == 0.75
+
+
+def test_agreement_is_of_the_batch_size_that_agrees_least():
+    def always(label):
+        return np.array([[[1.0 - label, label]]], np.float32).repeat(5, axis=1)
+
+    def wrong_where_alone(pixels, noise):
+        return always(len(pixels) == 1).repeat(len(pixels), axis=0)
+
+    pixels = np.zeros((4, 1, 2, 1), np.uint8)
+    assert agreement(wrong_where_alone, lambda pixels, noise: always(0).repeat(len(pixels), axis=0), pixels, None) == 1
+    for size, share in ((1, 0.0), (3, 0.75), (2, 1.0)):
+        exact = lambda pixels, noise: always(0).repeat(len(pixels), axis=0)  # noqa: E731
+        assert agreement(wrong_where_alone, exact, pixels, None, [4, size]) == share
+
+
+class Request:
+    """OpenVINO's, as far as it is waited for."""
+
+    def __init__(self, error=None):
+        self._error, self.done = error, False
+
+    def wait(self):
+        self.done = True
+        if self._error:
+            raise self._error
+
+
+def test_all_requests_are_waited_for_where_some_fail():
+    requests = [Request(), Request(RuntimeError("first")), Request(RuntimeError("second")), Request()]
+    with pytest.raises(RuntimeError, match="first"):
+        openvino_ways._wait_for(requests)
+    assert all(request.done for request in requests)
