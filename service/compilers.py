@@ -1,7 +1,8 @@
 """What runs a traced part of a network: PyTorch as it is, torch.compile's inductor, or OpenVINO.
 
 Measured on the CPUs that ``benchmarks/results`` names: OpenVINO is the fastest of them at nearly every batch size, most
-of all at one image, and takes batches of any size; inductor compiles each size anew, so batches are padded to powers of two.
+of all at one image, and takes batches of any size; inductor compiles each size anew, so batches are padded to powers of
+two.
 """
 
 import logging
