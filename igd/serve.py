@@ -1,10 +1,6 @@
 """``igd serve``: the HTTP server."""
 
-import logging
-import os
 import sys
-import threading
-import time
 
 import typer
 import uvicorn
@@ -20,9 +16,6 @@ from service.settings import Settings
 PASS_THROUGH = {"ignore_unknown_options": True, "allow_extra_args": True}
 # Longer than proxies keep idle connections, usually 60 s: else they send requests on one that is just being closed.
 KEEP_ALIVE_S = 75
-THREADS_END_S = 0.5
-
-logger = logging.getLogger(__name__)
 
 
 def serve(context: typer.Context) -> None:
@@ -44,19 +37,4 @@ def serve(context: typer.Context) -> None:
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=max(1, round(settings.drain_s)),
     )
-    code = Server(config, app.state.runtime, app.state.direct_classify).serve_until_stopped()
-    _end_stuck_threads(code)
-    sys.exit(code)
-
-
-def _end_stuck_threads(code: int) -> None:
-    """End the process if a thread does not end by itself: Python would wait for a device that hangs for ever."""
-    give_up = time.monotonic() + THREADS_END_S
-    others = [thread for thread in threading.enumerate() if not thread.daemon and thread is not threading.main_thread()]
-    for thread in others:
-        thread.join(max(0, give_up - time.monotonic()))
-    if stuck := [thread.name for thread in others if thread.is_alive()]:
-        logger.error("ending without waiting for %s", ", ".join(stuck))
-        logging.shutdown()
-        sys.stdout.flush()
-        os._exit(code)
+    sys.exit(Server(config, app.state.runtime, app.state.direct_classify).serve_until_stopped())

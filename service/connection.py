@@ -93,8 +93,7 @@ class Connection(HttpToolsProtocol):
             return
         detail = f"expected at most {LARGEST_HEAD} bytes of request line and headers; send fewer or shorter headers"
         problem = ProblemResponse(431, detail, {"Connection": "close"})
-        lines = [part for name, value in problem.raw_headers for part in (name, b": ", value, b"\r\n")]
-        self.transport.write(b"".join([STATUS_LINE[431], *lines, b"\r\n", problem.body]))
+        self._send(problem, problem.raw_headers)
         self.transport.close()
 
     def on_message_complete(self) -> None:
@@ -175,6 +174,10 @@ class Connection(HttpToolsProtocol):
             self._direct = None
             super()._start_asgi_task(cycle, self.app)
 
+    def _send(self, response: Response, headers: list[tuple[bytes, bytes]]) -> None:
+        lines = [part for name, value in headers for part in (name, b": ", value, b"\r\n")]
+        self.transport.write(b"".join([STATUS_LINE[response.status_code], *lines, b"\r\n", response.body]))
+
     def _write(self, cycle: RequestResponseCycle, response: Response) -> None:
         """As ``cycle.send``, which has to be awaited."""
         if self.transport.is_closing():
@@ -184,8 +187,7 @@ class Connection(HttpToolsProtocol):
             cycle.keep_alive = False
         elif not cycle.keep_alive:
             headers.append(CLOSE_HEADER)
-        lines = [part for name, value in headers for part in (name, b": ", value, b"\r\n")]
-        self.transport.write(b"".join([STATUS_LINE[response.status_code], *lines, b"\r\n", response.body]))
+        self._send(response, headers)
         cycle.response_started = cycle.response_complete = True
         if not cycle.keep_alive:
             self.transport.close()

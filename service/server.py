@@ -2,10 +2,12 @@
 
 import gc
 import logging
+import os
 import shlex
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,6 +21,7 @@ from service.middleware import RequestContext
 from service.runtime import Runtime
 
 CLOSING_S, CLOSING = 3.0, 0.4  # the end of drain_s, or of a short one so much: to refuse what is left, and to close
+AT_ONCE_S = 1.0
 SWITCH_INTERVAL_S = 0.00005
 # A thousand requests in flight are many young objects, and next to none is garbage that only the collector finds.
 GC_THRESHOLDS = (100_000, 20, 100)
@@ -38,6 +41,10 @@ class Server(uvicorn.Server):
         """Run; returns the process's exit code: 0 after an orderly stop, 1 if it could not start or died of a bug."""
         with suppress(SystemExit):  # uvicorn's way to say that the port is taken
             self.run()
+        return self._exit_code
+
+    @property
+    def _exit_code(self) -> int:
         return 0 if self.started and self._runtime.fatal is None else 1
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -71,11 +78,24 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Told to stop: readiness first, then new requests, the socket last. Told again: at once."""
+        self._end_after(self._runtime.settings.drain_s if self._told_to_stop_at is None else AT_ONCE_S)
         if self._told_to_stop_at is not None:
             self.config.timeout_graceful_shutdown = 0
             super().handle_exit(sig, frame)
         self._told_to_stop_at = time.monotonic()
         self._runtime.leaving, self._runtime.draining = True, self._runtime.settings.drain_delay_s == 0
+
+    def _end_after(self, seconds: float) -> None:
+        """End the process by then, whatever hangs: Python itself waits for its threads for ever."""
+
+        def end() -> None:
+            logger.error("ending without waiting for what is still at work")
+            logging.shutdown()
+            os._exit(self._exit_code)
+
+        last_resort = threading.Timer(seconds, end)
+        last_resort.daemon = True
+        last_resort.start()
 
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second: whether to stop listening, which is when all that was admitted is answered.
