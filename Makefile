@@ -28,7 +28,7 @@ lint: $(VENV)/.installed-dev ## style, types, import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(VENV)/.installed ## what the defense and the service cost, against peers (75 minutes; needs wrk)
+bench: $(VENV)/.installed ## what the defense and the service cost, against peers (an hour and a half; needs wrk)
 	@command -v wrk >/dev/null || { echo "the benchmarks need wrk; on Debian and Ubuntu: apt install wrk" >&2; exit 1; }
 	$(BIN)/python benchmarks/engine_speed.py
 	$(BIN)/python benchmarks/http_throughput.py
