@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import inf
+from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING, TypeVar
 
@@ -248,24 +249,30 @@ class _Compiler:
 def _quickest(ways: Sequence[AnyWay], inputs: Sequence[Array], constant: Array) -> AnyWay:
     """The one that takes the least time; which that is depends on the processor's instructions and caches.
 
+    Ways take turns, and the median of the turns' ratios counts: a machine's speed may double for the time of one call,
+    so that the least time of each would be a matter of luck.
+
     Args:
         ways: the simpler first; one is taken before others that save less than ``TRIAL_GAIN``.
     """
     if len(ways) == 1:
         return ways[0]
-    least_s, began_s = [inf] * len(ways), inf
+    turns: list[list[float]] = []
+    began_s = inf
     for trial in range(1 + TRIALS):
         if perf_counter() - began_s > TRIALS_S:
             break
-        if trial == 1:
-            began_s = perf_counter()
-        for i, way in enumerate(ways):
+        turn = []
+        for way in ways:
             way_began_s = perf_counter()
             way(inputs, constant)
-            if trial:  # the first time takes longer
-                least_s[i] = min(least_s[i], perf_counter() - way_began_s)
+            turn.append(perf_counter() - way_began_s)
+        if trial:  # the first time takes longer
+            turns.append(turn)
+        else:
+            began_s = perf_counter()
     best = 0
-    for i, way_s in enumerate(least_s):
-        if way_s < (1 - TRIAL_GAIN) * least_s[best]:
+    for i in range(1, len(ways)):
+        if median(turn[i] / turn[best] for turn in turns) < 1 - TRIAL_GAIN:
             best = i
     return ways[best]

@@ -152,7 +152,7 @@ def test_trials_end_when_they_have_taken_too_long(monkeypatch):
     assert called == ["slower", "slow"] * 2  # the first time is not counted
 
 
-def test_the_quickest_way_is_the_one_that_takes_the_least_time_but_for_its_first(monkeypatch):
+def test_the_quickest_way_is_the_one_that_takes_less_time_in_most_turns_but_for_its_first(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(openvino_chain_module, "perf_counter", lambda: clock[0])
 
@@ -168,8 +168,11 @@ def test_the_quickest_way_is_the_one_that_takes_the_least_time_but_for_its_first
         ways = [way_of(*takes_s) for takes_s in times]
         return ways.index(openvino_chain_module._quickest(ways, [], None))
 
-    disturbed, steady, early = (9, 9, 2, 9), (3,), (1, 4)
-    assert quickest(steady, disturbed, early) == 1
+    disturbed, steady, early, lucky = (9, 9, 2, 9, 2), (3,), (1, 4), (4, 1, 4)
+    assert quickest(steady, disturbed, early, lucky) == 1
+    assert quickest(steady, early, lucky) == 0
+    at_changing_speed = [9 - i % 7 for i in range(20)]
+    assert quickest([3 * s for s in at_changing_speed], [2.9 * s for s in at_changing_speed]) == 1
     assert quickest(steady, (2.95,), (2.92,)) == 2
     assert quickest(steady, (2.95,), (2.95,)) == 0  # too little to be more than chance
 
