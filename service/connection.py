@@ -45,8 +45,8 @@ class Connection(HttpToolsProtocol):
         super().__init__(**arguments)
         self._context, self._runtime = context, runtime
         self._receiving = False
-        self._read = self._head_bytes = 0  # of this piece; of a request's head at most, while it is still to come
-        self._in_head = False
+        self._read = self._head_bytes = 0  # bytes of this piece; of a request's head, but for the piece it begins in
+        self._in_head = self._head_begun = False  # a request's is still to come; it begins in this piece
         self._head_deadline: asyncio.TimerHandle | None = None
         self._held: RequestResponseCycle | None = None  # its body is still to come
         self._give_up: asyncio.TimerHandle | None = None
@@ -59,12 +59,11 @@ class Connection(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Whatever the client sent."""
-        self._receiving, self._read = True, len(data)
-        if self._in_head:
-            self._head_bytes += self._read
+        self._receiving, self._read, self._head_begun = True, len(data), False
         super().data_received(data)
         self._receiving = False
         if self._in_head:
+            self._head_bytes += 0 if self._head_begun else self._read  # before it may be the rest of another request
             self._wait_for_head()
         if self._held and not self._give_up:
             self._give_up = self.loop.call_later(HOLD_S, self._start_held_after_a_look)
@@ -72,7 +71,7 @@ class Connection(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """The parser has seen a request's first byte."""
         super().on_message_begin()
-        self._in_head, self._head_bytes = True, self._read
+        self._in_head, self._head_begun, self._head_bytes = True, True, 0
 
     def on_headers_complete(self) -> None:
         """The parser has seen a request's head."""
@@ -80,7 +79,7 @@ class Connection(HttpToolsProtocol):
         if self._head_deadline:
             self._head_deadline.cancel()
             self._head_deadline = None
-        if self._head_bytes > LARGEST_HEAD:  # some of which may be the body's
+        if self._head_bytes + self._read > LARGEST_HEAD:  # some of which may be the body's
             self._head_bytes = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
             if self._head_bytes > LARGEST_HEAD:
                 raise _HeadTooLarge  # the parser's error, of which uvicorn tells the client

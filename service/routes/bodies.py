@@ -103,8 +103,6 @@ def _files_of_json(body: bytes, max_images: int) -> list[bytes]:
         raise too_many_images(max_images)
     try:
         images = ClassifyRequest.model_validate_json(body).images
-        if len(images) > max_images:
-            raise too_many_images(max_images)
         return [base64.b64decode(image, validate=True) for image in images]
     except ValidationError as error:
         first = error.errors()[0]

@@ -581,6 +581,21 @@ def test_a_large_body_in_one_piece_with_its_head_is_none_of_the_head():
     run(scenario)
 
 
+def test_a_head_that_begins_behind_a_large_body_is_none_too_large():
+    async def scenario():
+        async with serving() as (service, connect):
+            reader, _ = await connect()
+            await until(lambda: service.state.connections)
+            (connection,) = service.state.connections
+            request = request_of(bytes(100_000), KEY, media_type="application/octet-stream")
+            for piece in (request[:50], request[50:] + request[:20], request[20:]):
+                connection.data_received(piece)
+            for _ in range(2):
+                assert (await read_answer(reader))[0] == 418
+
+    run(scenario)
+
+
 def test_a_bug_is_logged_under_the_request_s_id_and_answered_with_500(caplog):
     def fail(defense, images):
         raise ZeroDivisionError

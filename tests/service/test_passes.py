@@ -258,14 +258,16 @@ def test_agreement_is_of_the_batch_size_that_agrees_least():
     def always(label):
         return np.array([[[1.0 - label, label]]], np.float32).repeat(5, axis=1)
 
+    def right(pixels, noise):
+        return always(0).repeat(len(pixels), axis=0)
+
     def wrong_where_alone(pixels, noise):
         return always(len(pixels) == 1).repeat(len(pixels), axis=0)
 
     pixels = np.zeros((4, 1, 2, 1), np.uint8)
-    assert agreement(wrong_where_alone, lambda pixels, noise: always(0).repeat(len(pixels), axis=0), pixels, None) == 1
+    assert agreement(wrong_where_alone, right, pixels, None) == 1
     for size, share in ((1, 0.0), (3, 0.75), (2, 1.0)):
-        exact = lambda pixels, noise: always(0).repeat(len(pixels), axis=0)  # noqa: E731
-        assert agreement(wrong_where_alone, exact, pixels, None, [4, size]) == share
+        assert agreement(wrong_where_alone, right, pixels, None, [4, size]) == share
 
 
 class Request:
