@@ -79,8 +79,9 @@ class Connection(HttpToolsProtocol):
         if self._head_deadline:
             self._head_deadline.cancel()
             self._head_deadline = None
-        if self._head_bytes + self._read > LARGEST_HEAD:  # some of which may be the body's
-            self._head_bytes = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
+        if not self._head_begun or self._read > LARGEST_HEAD:  # else it came whole, in a piece that is small enough
+            headers = sum(len(name) + len(value) + len(": \r\n") for name, value in self.headers)
+            self._head_bytes = len(self.url) + headers
             if self._head_bytes > LARGEST_HEAD:
                 raise _HeadTooLarge  # the parser's error, of which uvicorn tells the client
         super().on_headers_complete()

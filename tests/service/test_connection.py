@@ -596,6 +596,21 @@ def test_a_head_that_begins_behind_a_large_body_is_none_too_large():
     run(scenario)
 
 
+@pytest.mark.parametrize("cuts", [[], [40_000], [100_000], [70_000, 150_000]], ids=str)
+def test_a_head_of_many_headers_is_too_large_however_it_comes(cuts):
+    async def scenario():
+        async with serving() as (service, connect):
+            reader, _ = await connect()
+            await until(lambda: service.state.connections)
+            (connection,) = service.state.connections
+            request = request_of(png(), KEY, *["X-A: b"] * 20_000)  # 8 bytes each
+            for begin, end in zip([0, *cuts], [*cuts, len(request)], strict=True):
+                connection.data_received(request[begin:end])
+            assert (await read_answer(reader))[0] == 431
+
+    run(scenario)
+
+
 def test_a_bug_is_logged_under_the_request_s_id_and_answered_with_500(caplog):
     def fail(defense, images):
         raise ZeroDivisionError
