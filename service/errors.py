@@ -20,9 +20,11 @@
 Every detail is a sentence that says what to do.
 """
 
+import json
 from http import HTTPStatus
 from typing import Any
 
+import orjson
 from starlette.responses import JSONResponse
 
 
@@ -140,11 +142,21 @@ def error_response(
         members: of the problem.
     """
     if path == "/v2" or path.startswith("/v2/"):
-        return JSONResponse({"error": detail}, status, headers)
+        return _QuickJSONResponse({"error": detail}, status, headers)
     return ProblemResponse(status, detail, headers, **members)
 
 
-class ProblemResponse(JSONResponse):
+class _QuickJSONResponse(JSONResponse):
+    """Under overload most answers are refusals, and json took a fifth of a refusal's time."""
+
+    def render(self, content: Any) -> bytes:
+        try:
+            return orjson.dumps(content)
+        except TypeError:  # what a client may send and UTF-8 or 64 bits cannot hold, repeated to it
+            return json.dumps(content).encode()
+
+
+class ProblemResponse(_QuickJSONResponse):
     """An RFC 9457 problem."""
 
     media_type = "application/problem+json"
