@@ -43,7 +43,8 @@ def settings_of(model: Path | None = None, redis_url: str | None = None, data_di
 
 def describe(error: ValidationError) -> str:
     """What is wrong with the settings, one sentence a setting."""
-    return "; ".join(f"IGD_{str(e['loc'][0]).upper()}: {e['msg']}" if e["loc"] else e["msg"] for e in error.errors())
+    messages = [(e["loc"], e["msg"].removeprefix("Value error, ")) for e in error.errors()]
+    return "; ".join(f"IGD_{str(where[0]).upper()}: {message}" if where else message for where, message in messages)
 
 
 def items_of(text: str, kind: Callable[[str], T]) -> list[T]:

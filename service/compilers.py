@@ -105,12 +105,11 @@ def _openvino(
         return OpenVinoPart(part, dtype, examples, threads, sizes)
 
 
-@contextmanager
-def openvino_error(dtype: torch.dtype) -> Iterator[None]:
-    """Say in our words that OpenVINO cannot compile something in this dtype.
+def check_openvino(dtype: torch.dtype) -> None:
+    """Refuse a dtype that OpenVINO, which is installed, does not compute in here.
 
     Raises:
-        EngineError: it cannot.
+        EngineError: it does not.
     """
     import openvino
 
@@ -120,6 +119,16 @@ def openvino_error(dtype: torch.dtype) -> Iterator[None]:
             f"OpenVINO does not compute in {dtype} on this CPU ({', '.join(capabilities)}); "
             "set IGD_DTYPE=auto, or IGD_COMPILE=none"
         )
+
+
+@contextmanager
+def openvino_error(dtype: torch.dtype) -> Iterator[None]:
+    """Say in our words that OpenVINO cannot compile something in this dtype.
+
+    Raises:
+        EngineError: it cannot.
+    """
+    check_openvino(dtype)
     try:
         yield
     except RuntimeError as error:

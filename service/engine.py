@@ -162,6 +162,7 @@ class StageClock:
     def read(self) -> dict[str, float]:
         """Seconds by stage since the last reading."""
         for name, begin, end in self._events:
+            end.synchronize()  # recorded behind what the host has waited for, and nothing is told before it is over
             self._seconds[name] += begin.elapsed_time(end) / 1000
         self._events.clear()
         seconds, self._seconds = self._seconds, dict.fromkeys(STAGES, 0.0)

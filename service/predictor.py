@@ -23,7 +23,7 @@ from defense import (
     read_config,
 )
 from defense.importance import check_origin
-from service.compilers import Compiler, EngineError, choose_compiler
+from service.compilers import Compiler, EngineError, check_openvino, choose_compiler
 from service.engine import FALL_BACK_BELOW, WARN_BELOW, EngineSplit, StageClock, choose_dtype, resolve_device
 from service.int8 import check_int8
 from service.openvino_part import fixed_sizes, padded_size
@@ -149,9 +149,12 @@ class Predictor:
         self._sizes = _powers_of_two(max_batch_size)
         self._probe = self._probe_images(directory)
         self._dtype, self._compiler = self._checked(choose_dtype(dtype, self.device), dtype), compiler
+        chosen = choose_compiler(compiler, self.device)
+        if compiler == "openvino":
+            check_openvino(self._dtype)
         self._asked_for_int8 = int8_first_pass
         if self._int8:
-            check_int8(choose_compiler(compiler, self.device), has_probe_images=self._probe is not None)
+            check_int8(chosen, has_probe_images=self._probe is not None)
         elif int8_first_pass:
             logger.warning("IGD_INT8_FIRST_PASS changes nothing: with sigma = 0 both passes are one")
         # Noise that an attacker could predict would be no noise.
@@ -351,8 +354,8 @@ class Predictor:
             return None
         exact = PyTorchPasses(self._defend(self._split_at(importance.layer), importance), StageClock(self.device))
         fast, noise = passes_of(self._defend(engine, importance)), self._noise(self._probe.shape)
-        # A lone image, a small batch and a large one are computed by executables of their own.
-        sizes = {1, self._sizes[len(self._sizes) // 2], self._sizes[-1], engine.int8_batch or 1}
+        # A lone image, one too small to be divided, a small batch and a large one have executables of their own.
+        sizes = {1, *self._sizes[1:2], self._sizes[len(self._sizes) // 2], self._sizes[-1], engine.int8_batch or 1}
         return agreement(fast, exact, self._probe, noise, sizes)
 
 

@@ -22,6 +22,7 @@ from importance_store import (
 )
 from service.answers import Answer, BatchRun, Classified
 from service.batching import Batcher
+from service.compilers import EngineError
 from service.decoding import Decoder
 from service.device import Device
 from service.errors import Draining, NotReady
@@ -271,10 +272,9 @@ class Runtime:
             raise  # the watcher tries again
         except (StoreError, DefenseError) as error:
             self.problem = str(error)
-            command = (
-                "" if isinstance(error, NoActiveImportance) else f"; to mend it: igd rank --model {self.settings.model}"
-            )
-            logger.error("version %s is not served: %s%s", version, error, command)
+            command = f"; to mend it: igd rank --model {self.settings.model}"
+            says_itself = isinstance(error, NoActiveImportance | EngineError)  # what is to be done
+            logger.error("version %s is not served: %s%s", version, error, "" if says_itself else command)
             return
         self.served, self.problem = served, None
         self._show_served(served)

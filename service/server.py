@@ -112,8 +112,9 @@ class Server(uvicorn.Server):
                 await self._runtime.batcher.drain(0)  # what is left gets its 503
                 answered = True
             self.should_exit = self.should_exit or answered
-            for_connections_s = max(0, int(left_s - closing_s / 2))
-            self.config.timeout_graceful_shutdown = min(for_connections_s, self.config.timeout_graceful_shutdown or 0)
+            for_connections_s = max(0.0, left_s - closing_s / 2)
+            if for_connections_s < (self.config.timeout_graceful_shutdown or 0):
+                self.config.timeout_graceful_shutdown = for_connections_s  # type: ignore[assignment] # asyncio's timeout
         return await super().on_tick(counter)
 
     async def _listen(self) -> None:

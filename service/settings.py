@@ -2,9 +2,9 @@
 
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from service.errors import Forbidden
@@ -22,6 +22,7 @@ class Settings(BaseSettings):
         cli_avoid_json=True,
         cli_hide_none_type=True,
         extra="ignore",
+        allow_inf_nan=False,
     )
 
     host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for every interface.")
@@ -88,6 +89,15 @@ class Settings(BaseSettings):
     def _empty_is_unset(cls, value: SecretStr | None) -> SecretStr | None:
         # Compose files and shells pass unset variables on as empty strings.
         return value if value and value.get_secret_value() else None
+
+    @model_validator(mode="after")
+    def _leave_time_to_drain(self) -> Self:
+        if self.drain_delay_s > self.drain_s / 2:
+            raise ValueError(
+                f"expected IGD_DRAIN_DELAY_S to be half of IGD_DRAIN_S ({self.drain_s:g}), of which it is a part, "
+                f"at most, got {self.drain_delay_s:g}; raise IGD_DRAIN_S"
+            )
+        return self
 
     @property
     def max_body_bytes(self) -> int:

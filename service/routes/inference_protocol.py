@@ -15,6 +15,7 @@ from service.inference_protocol import (
     read_tensor,
     write_response,
 )
+from service.predictor import ServedDefense
 from service.routes.admission import classified
 from service.routes.auth import check_api_key, documents_api_key
 from service.routes.bodies import read_body
@@ -92,10 +93,10 @@ async def infer(request: Request, name: str, version: str | None = None) -> Resp
     runtime = runtime_of(request)
     check_api_key(request.headers.get("authorization"), runtime.settings.api_keys)
     check_served(runtime, name)
-    runtime.defense  # noqa: B018 - says that nothing is ready before it says that a version is not
-    check_served(runtime, name, version)
+    check_version(runtime.defense, version)
     body = InferenceBody(request, runtime)
     defense, answers = await classified(request, body.read)
+    check_version(defense, version)  # another may have been activated between the one look and the other
     with runtime.metrics.stage("encode"):
         content, json_length = write_response(answers.rows, body.message, name, defense.version)
     if json_length is None:
@@ -135,9 +136,18 @@ def check_served(runtime: Runtime, name: str, version: str | None = None) -> Non
     Raises:
         NotFound: another model, or another version of its importance.
     """
-    own, served = runtime.predictor.config.name, runtime.served
+    own = runtime.predictor.config.name
     if name != own:
         raise NotFound(f"expected the model '{own}', which is served here, got '{name[:100]}'")
+    check_version(runtime.served, version)
+
+
+def check_version(served: ServedDefense | None, version: str | None) -> None:
+    """Refuse another version than this, if one was asked for.
+
+    Raises:
+        NotFound: it was.
+    """
     if version is not None and (served is None or version != served.version):
         now = f"'{served.version}' is" if served else "none is"
         raise NotFound(f"version '{version[:100]}' is not being served, {now}; leave it out, or activate it")

@@ -71,6 +71,21 @@ def test_a_device_that_hangs_does_not_keep_the_server(signals, start_igd, tiny_m
     assert "ending without waiting" in server.output
 
 
+def test_what_comes_after_the_signal_is_refused(start_igd, tiny_model, image, until):
+    server = start_igd.serve(tiny_model, "--drain-s", 8, before=HANGS)
+    request = Request(server, image)
+    until(lambda: "the device hangs" in server.output, "a device that hangs")
+
+    server.signal(signal.SIGTERM)
+    with server.client() as client:
+        until(lambda: client.get("/health/ready").status_code == 503, "a server that is not ready")
+        answer = client.post("/classify", content=image, headers={"Content-Type": "image/png"})
+    assert answer.status_code == 503 and "shutting down" in answer.json()["detail"]
+    assert request.answer is None  # which was admitted, and has its time
+    server.signal(signal.SIGTERM)
+    request.join()
+
+
 @pytest.mark.parametrize("broken", [DISPATCHER_DIES, NO_DEVICE])
 def test_a_dispatcher_that_dies_ends_the_server(broken, start_igd, tiny_model, image):
     server = start_igd.serve(tiny_model, before=broken)

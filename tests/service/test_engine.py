@@ -1,5 +1,6 @@
 """The engine: faster, and the same answers."""
 
+import importlib.util
 import logging
 
 import numpy as np
@@ -8,12 +9,16 @@ import torch
 from safetensors.torch import load_file
 
 from defense import SplitClassifier, load_importance
+from service import compilers
 from service import predictor as predictor_module
-from service.engine import EngineSplit, choose_dtype
+from service.compilers import EngineError
+from service.engine import EngineSplit, StageClock, choose_dtype
+from service.passes import PyTorchPasses
 from service.predictor import Predictor
 from toy_models import small_conv_net
 
 CPU = torch.device("cpu")
+needs_openvino = pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="openvino is not installed")
 
 
 @pytest.mark.parametrize("layer", ["conv1", "conv2", "hidden", "linear:input"])
@@ -54,7 +59,123 @@ def test_the_original_model_is_left_as_it_was():
 def test_a_named_dtype_is_that_dtype():
     assert choose_dtype("float32", CPU) == torch.float32
     assert choose_dtype("bfloat16", CPU) == torch.bfloat16
-    assert choose_dtype("auto", CPU) in (torch.float32, torch.bfloat16)
+    assert choose_dtype("float16", CPU) == torch.float16
+
+
+@pytest.mark.parametrize(
+    ("has", "dtype"),
+    [
+        ({"amx_bf16": True}, torch.bfloat16),
+        ({"avx512_bf16": True}, torch.bfloat16),
+        ({"avx512_f": True, "amx_bf16": False, "avx512_bf16": False}, torch.float32),
+        ({}, torch.float32),
+    ],
+)
+def test_a_cpu_computes_in_bfloat16_where_it_multiplies_it(has, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has, raising=False)
+    assert choose_dtype("auto", CPU) == dtype
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16), ((7, 5), None)])
+def test_cuda_computes_in_bfloat16_from_8_0_on(capability, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert choose_dtype("auto", torch.device("cuda")) == (dtype or torch.float32)
+
+
+def test_float16_is_served_where_it_is_asked_for(tiny_model):
+    predictor = Predictor(tiny_model, dtype="float16", compiler="none")
+    served = predictor.prepare("v", load_importance(tiny_model))
+    rows = predictor.predict(served, [np.zeros((8, 8, 3), np.uint8)])
+    assert served.dtype == torch.float16 and served.agreement > 0.9
+    assert rows[:, :3].sum(-1) == pytest.approx(1, abs=1e-5)
+
+
+def test_images_and_convolutions_are_channels_last():
+    split, seen = SplitClassifier(small_conv_net(), "hidden"), []
+    engine = EngineSplit(split, torch.float32)
+    convolutions = [m for m in engine._trunk.modules() if isinstance(m, torch.nn.Conv2d)]
+    for convolution in convolutions:
+        convolution.register_forward_hook(lambda module, given, value: seen.extend([module.weight, *given]))
+    engine.cut(torch.rand(2, 3, 8, 8))
+    assert len(seen) == 2 * len(convolutions) > 2
+    assert all(tensor.is_contiguous(memory_format=torch.channels_last) for tensor in seen)
+
+
+@pytest.mark.parametrize(
+    ("compiler", "left_to_torch"), [("none", 3), pytest.param("openvino", 1, marks=needs_openvino)]
+)
+def test_threads_are_as_many_as_were_asked_for(compiler, left_to_torch, tiny_model, monkeypatch):
+    before, asked = torch.get_num_threads(), []
+    if compiler == "openvino":
+        import openvino
+
+        compile_model = openvino.Core.compile_model
+
+        def noting(self, model, device, options):
+            asked.append(options["INFERENCE_NUM_THREADS"])
+            return compile_model(self, model, device, options)
+
+        monkeypatch.setattr(openvino.Core, "compile_model", noting)
+    try:
+        Predictor(tiny_model, compiler=compiler, threads=3).prepare("v", load_importance(tiny_model))
+        assert torch.get_num_threads() == left_to_torch
+    finally:
+        torch.set_num_threads(before)
+    assert compiler == "none" or {3, 1} == set(asked)  # of the front, and of the back, which is too small to share
+
+
+def test_passes_are_compared_with_the_same_noise(tiny_model, monkeypatch):
+    given, call = [], PyTorchPasses.__call__
+
+    def noting(self, pixels, noise):
+        given.append((pixels.tobytes(), noise.clone()))
+        return call(self, pixels, noise)
+
+    monkeypatch.setattr(PyTorchPasses, "__call__", noting)
+    predictor = Predictor(tiny_model, compiler="none", dtype="bfloat16")
+    predictor.prepare("v", load_importance(tiny_model))
+
+    probe = {image.tobytes() for image in predictor._probe}
+    lone = [noise for pixels, noise in given if pixels in probe]
+    (whole,) = [noise for pixels, noise in given if pixels == predictor._probe.tobytes()][:1]
+    assert len(lone) == len(whole) and torch.equal(torch.cat(lone), whole)
+
+
+@needs_openvino
+def test_what_the_engine_cannot_do_is_said_when_the_model_is_loaded(tiny_model, monkeypatch):
+    monkeypatch.setitem(compilers.CAPABILITIES, torch.float16, "NO CPU HAS THIS")
+    with pytest.raises(EngineError, match="set IGD_DTYPE=auto"):
+        Predictor(tiny_model, dtype="float16", compiler="openvino")
+    monkeypatch.setattr(compilers, "find_spec", lambda name: None)
+    with pytest.raises(EngineError, match="pip install"):
+        Predictor(tiny_model, compiler="openvino")
+
+
+class FakeEvent:
+    """A CUDA event, as one tells it from the host: until it is waited for it may not be over."""
+
+    def __init__(self, enable_timing):
+        self.recorded = self.waited_for = False
+
+    def record(self):
+        self.recorded = True
+
+    def synchronize(self):
+        self.waited_for = self.recorded
+
+    def elapsed_time(self, end):
+        if not end.waited_for:
+            raise RuntimeError("both events must be completed before calculating elapsed time")
+        return 2.0
+
+
+def test_times_on_cuda_are_read_when_they_are_over(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)  # no GPU here
+    clock = StageClock(torch.device("cuda"))
+    with clock.stage("trunk"):
+        pass
+    assert clock.read() == {"trunk": 0.002, "tail": 0.0}
+    assert clock.read() == {"trunk": 0.0, "tail": 0.0}
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 import asyncio
 import io
+import re
+import shutil
 
 import httpx
 import numpy as np
@@ -54,6 +56,24 @@ def test_each_of_a_thousand_concurrent_requests_gets_the_answer_to_its_own_image
     with server.client() as client:
         batches = dict(line.rsplit(" ", 1) for line in client.get("/metrics").text.splitlines() if "batch_size" in line)
     assert float(batches["igd_batch_size_count"]) < 980  # some did travel together
+
+
+def test_requests_of_many_images_under_load_get_the_defended_answers_to_their_own(start_igd, tiny_model, tmp_path):
+    still = shutil.copytree(tiny_model, tmp_path / "still")
+    text = (still / "model.toml").read_text()
+    (still / "model.toml").write_text(re.sub(r"(?m)^sigma = .*$", "sigma = 0.0", text))
+    requests = images(1400).reshape(200, 7, 8, 8, 3)
+    predictor = Predictor(still, compiler="none", dtype="float32")
+    defense = predictor.prepare("v", load_importance(still))
+    expected = [predictor.predict(defense, list(pixels))[:, 0].max(1) for pixels in requests]
+    server = start_igd.serve(still, "--dtype", "float32", "--max-batch-size", 16, "--max-queue", 2000)
+
+    headers = {"Content-Type": "application/octet-stream; shape=7,8,8,3"}
+    answers = asyncio.run(gather_posts(server, [pixels.tobytes() for pixels in requests], headers))
+
+    found = [[prediction["probability"] for prediction in answer.json()["predictions"]] for answer in answers]
+    assert len({tuple(probabilities) for probabilities in found}) > 190
+    assert np.concatenate(found) == pytest.approx(np.concatenate(expected), abs=2e-5)
 
 
 def test_files_and_arrays_of_the_same_pixels_get_the_same_answer(start_igd, tiny_model):

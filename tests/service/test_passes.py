@@ -177,6 +177,14 @@ def test_the_quickest_way_is_the_one_that_takes_less_time_in_most_turns_but_for_
     assert quickest(steady, (2.95,), (2.95,)) == 0  # too little to be more than chance
 
 
+def test_pytorch_keeps_no_graph_of_what_it_predicts(monkeypatch):
+    _, engine = engine_at("linear:input", "none")
+    seen, cut = [], engine.cut
+    monkeypatch.setattr(engine, "cut", lambda images: seen.append(torch.is_inference_mode_enabled()) or cut(images))
+    passes_of(engine, defended_by(engine))(*inputs(2, 0.1, 1))
+    assert seen == [True]
+
+
 @needs_openvino
 def test_importances_share_executables_and_keep_their_own_masks():
     split, engine = engine_at("linear:input", "openvino")

@@ -4,14 +4,20 @@ import asyncio
 import os
 import signal
 import time
+from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
+from starlette.requests import ClientDisconnect
 
 from importance_store import StoreUnavailable
 from service import runtime as runtime_module
+from service.batching import Batcher
+from service.errors import DeadlineExceeded, Draining, NotFound, QueueFull
 from service.metrics import Metrics
 from service.routes import admission
+from service.routes.inference_protocol import check_version
+from service.routes.status import check_ready
 from service.runtime import Runtime
 from service.settings import Settings
 
@@ -44,3 +50,92 @@ def test_only_the_request_s_own_deadline_is_told_as_one(monkeypatch):
     request = SimpleNamespace(state=SimpleNamespace(arrived_at=time.perf_counter()))
     with pytest.raises(TimeoutError, match="of the device"):
         asyncio.run(admission.classified(request, failing_read))
+
+
+def request_of(deadline_s, classify, monkeypatch):
+    """A request, whose client has left, to a runtime that has room for it."""
+    batcher = SimpleNamespace(check_room=lambda: None)
+    settings = SimpleNamespace(deadline_s=deadline_s)
+    runtime = SimpleNamespace(defense=None, settings=settings, batcher=batcher, classify=classify)
+    monkeypatch.setattr(admission, "runtime_of", lambda request: runtime)
+
+    async def receive():
+        return {"type": "http.disconnect"}
+
+    return SimpleNamespace(state=SimpleNamespace(arrived_at=time.perf_counter()), receive=receive)
+
+
+def test_what_a_client_that_left_waits_for_is_given_up(monkeypatch):
+    ended = []
+
+    async def classify(defense, images):
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.append("classify")
+
+    async def read():
+        return []
+
+    with pytest.raises(ClientDisconnect):
+        asyncio.run(admission.classified(request_of(30, classify, monkeypatch), read))
+    assert ended == ["classify"]
+
+
+def test_the_deadline_counts_the_time_of_an_upload(monkeypatch):
+    with pytest.raises(DeadlineExceeded, match=r"within 0\.05 s"):
+        asyncio.run(admission.classified(request_of(0.05, None, monkeypatch), lambda: asyncio.sleep(60)))
+
+
+def test_nothing_is_decoded_of_what_is_not_admitted(monkeypatch, tiny_model, tmp_path):
+    runtime, decoded = Runtime(Settings(model=tiny_model, data_dir=tmp_path), Metrics()), []
+    runtime.batcher = Batcher(None, None, max_batch_size=1, max_queue=2)
+    runtime._decoder = SimpleNamespace(decode=decoded.append)
+
+    async def scenario():
+        runtime.batcher.start()
+        runtime.batcher.in_flight = 1
+        with pytest.raises(QueueFull):
+            await runtime.classify(None, [b"one", b"two"])
+        assert runtime.batcher.in_flight == 1
+
+    asyncio.run(scenario())
+    assert not decoded
+
+
+def test_settings_reach_what_they_are_for(monkeypatch, tiny_model, tmp_path):
+    settings = Settings(
+        model=tiny_model, data_dir=tmp_path, max_wait_ms=1.5, decode_threads=3, max_batch_size=7, max_queue=9
+    )
+    runtime, given = Runtime(settings, Metrics()), {}
+
+    class Stop(Exception):
+        """Far enough."""
+
+    def batcher(*positional, **named):
+        given.update(named)
+        raise Stop
+
+    monkeypatch.setattr(runtime_module, "Batcher", batcher)
+    monkeypatch.setattr(runtime_module, "Decoder", lambda *positional, **named: given.update(named))
+    with suppress(Stop):
+        asyncio.run(runtime.start())
+    found = {name: given[name] for name in ("max_wait_s", "threads", "max_batch_size", "max_queue")}
+    assert found == {"max_wait_s": 0.0015, "threads": 3, "max_batch_size": 7, "max_queue": 9}
+
+
+@pytest.mark.parametrize(("leaving", "accepting"), [(True, True), (False, False)])
+def test_a_server_that_leaves_or_whose_dispatcher_is_dead_is_not_ready(leaving, accepting):
+    batcher = SimpleNamespace(accepting=accepting)
+    with pytest.raises(Draining):
+        check_ready(SimpleNamespace(leaving=leaving, batcher=batcher, defense="of now"))
+    batcher.accepting = True
+    assert check_ready(SimpleNamespace(leaving=False, batcher=batcher, defense="of now")) == "of now"
+
+
+def test_a_version_that_is_asked_for_is_that_or_none():
+    for served, version in ((None, "v1"), (SimpleNamespace(version="v2"), "v1")):
+        with pytest.raises(NotFound, match="'v1' is not being served"):
+            check_version(served, version)
+    check_version(SimpleNamespace(version="v1"), "v1")
+    check_version(None, None)

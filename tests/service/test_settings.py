@@ -104,6 +104,9 @@ BAD = [
     ("max_queue", "1.5"),
     ("decode_threads", "-2"),
     ("deadline_s", "0"),
+    ("deadline_s", "nan"),
+    ("drain_s", "inf"),
+    ("max_total_mb", "inf"),
     ("drain_s", "-1"),
     ("max_images", "0"),
     ("max_body_mb", "0"),
@@ -123,6 +126,13 @@ def test_a_bad_value_is_named(name, value, monkeypatch):
 
     for caught in (by_flag, by_variable):
         assert describe(caught.value).startswith(f"IGD_{name.upper()}: ")
+
+
+def test_the_delay_before_draining_leaves_time_to_drain():
+    with pytest.raises(ValidationError) as caught:
+        Settings(drain_delay_s=16, drain_s=30)
+    assert describe(caught.value).startswith("expected IGD_DRAIN_DELAY_S to be half of IGD_DRAIN_S (30)")
+    assert Settings(drain_delay_s=15, drain_s=30).drain_delay_s == 15
 
 
 def test_a_bad_value_ends_the_server_with_its_name_and_no_secret(start_igd):
