@@ -5,7 +5,8 @@
 Same model object, decoder, client (wrk), processors and threads; each system as its own documentation advises for
 throughput (``benchmarks/peers``, which installs the newest of each from PyPI). First saturation over 1 to 128
 connections, in rounds in which every system has its turn, forwards and backwards; then latency at 50% and 80% of the
-best system's best, with requests at Poisson times. The median over rounds counts.
+best system's best, with requests at Poisson times. A run takes the given time, or as long as 25 batches take; the
+median over rounds counts.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from typing import Any
 from measure import plot_bars, write_results
 from peers.install import install
 from peers.launch import DidNotStart, serving
-from peers.load import offered, saturate
+from peers.load import BATCH, long_enough, offered, saturate
 from peers.systems import SYSTEMS
 from server import igd_server
 
@@ -36,7 +37,7 @@ Cells = dict[tuple[str, Any], dict[str, list[float]]]
 def main() -> None:
     """Measure all systems on both models."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=4, help="of each run")
+    parser.add_argument("--seconds", type=float, default=4, help="of each run, at least")
     parser.add_argument("--rounds", type=int, default=4, help="an even number is fair: see _turns")
     parser.add_argument("--systems", nargs="*", default=[OURS, *SYSTEMS])
     arguments = parser.parse_args()
@@ -80,12 +81,14 @@ def _installed(system: str) -> bool:
     return found.problem is None
 
 
-def _visit(system: str, model: Path, seconds: float, measure: Callable[[str], None]) -> None:
-    """Serve, warm up, and call ``measure`` with the URL; a system that does not start is left out, and said so."""
+def _visit(system: str, model: Path, seconds: float, measure: Callable[[str, float], None]) -> None:
+    """Serve, warm up, and call ``measure`` with the URL and the requests/s of the warm-up.
+
+    A system that does not start is left out, and said so.
+    """
     try:
         with _serving(system, model) as url:
-            saturate(url, 32, seconds / 2, bodies=sample_files(model))
-            measure(url)
+            measure(url, saturate(url, 32, seconds / 2, bodies=sample_files(model)).requests_per_s)
     except DidNotStart as error:
         print(f"{system} is left out: {error}", flush=True)
 
@@ -101,9 +104,10 @@ def _saturation(model: Path, systems: list[str], seconds: float, rounds: int) ->
     cells: Cells = defaultdict(lambda: defaultdict(list))
     for _, system in _turns(systems, rounds):
 
-        def measure(url: str, system: str = system) -> None:
+        def measure(url: str, rate: float, system: str = system) -> None:
             for connections in CONNECTIONS:
-                found = saturate(url, connections, seconds, bodies=sample_files(model))
+                run_s = long_enough(seconds, rate, min(connections, BATCH))
+                found = saturate(url, connections, run_s, bodies=sample_files(model))
                 _note(cells[system, connections], found.requests_per_s, found.p50_ms, found.p99_ms, found.errors)
                 print(model.name, system, connections, found, flush=True)
 
@@ -116,11 +120,12 @@ def _latency(model: Path, systems: list[str], seconds: float, rounds: int, best:
     cells: Cells = defaultdict(lambda: defaultdict(list))
     for number, system in _turns(systems, rounds):
 
-        def measure(url: str, system: str = system, seed: int = number) -> None:
+        def measure(url: str, rate: float, system: str = system, seed: int = number) -> None:
+            run_s = long_enough(seconds, best)  # the same for all: where the load is too much, the queue grows with it
             for load in LOADS:
-                found = offered(url, load * best, seconds, bodies=sample_files(model), seed=seed)
+                found = offered(url, load * best, run_s, bodies=sample_files(model), seed=seed)
                 lost = found.errors + found.rejected
-                _note(cells[system, f"{load:.0%}"], found.ok_in_time / seconds, found.p50_ms, found.p99_ms, lost)
+                _note(cells[system, f"{load:.0%}"], found.ok_in_time / run_s, found.p50_ms, found.p99_ms, lost)
                 print(model.name, system, load, found, flush=True)
 
         _visit(system, model, seconds, measure)
@@ -137,11 +142,16 @@ def _rows(name: str, systems: list[str], cells: Cells) -> list[dict[str, Any]]:
     return [
         {"model": name, "system": system, "load": load}
         | {column: statistics.median(values) for column, values in cells[system, load].items()}
-        | {"errors": sum(cells[system, load]["errors"]), "rounds": len(cells[system, load]["errors"])}
+        | _spread(cells[system, load])
         for load in (*CONNECTIONS, *(f"{load:.0%}" for load in LOADS))
         for system in systems
         if (system, load) in cells
     ]
+
+
+def _spread(cell: dict[str, list[float]]) -> dict[str, float]:
+    rates = cell["requests/s"]
+    return {"errors": sum(cell["errors"]), "rounds": len(rates), "smallest": min(rates), "largest": max(rates)}
 
 
 def _leads(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -152,7 +162,7 @@ def _leads(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         ours = cell.pop(OURS)
         faster = max(cell.values(), key=lambda row: row["requests/s"])
         answering = [row for row in cell.values() if not row["errors"]]  # to lose requests is no way to be quick
-        quicker = min(answering or cell.values(), key=lambda row: row["p99 ms"])
+        least = {p: min(answering or cell.values(), key=lambda row: row[p]) for p in ("p50 ms", "p99 ms")}
         leads.append(
             {
                 "model": model,
@@ -160,12 +170,19 @@ def _leads(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "requests/s": ours["requests/s"],
                 "best other": f"{faster['requests/s']:.4g} ({faster['system']})",
                 "throughput ratio": ours["requests/s"] / faster["requests/s"],
-                "p99 ms": ours["p99 ms"],
-                "best other p99": f"{quicker['p99 ms']:.4g} ({quicker['system']})",
-                "p99 ratio": quicker["p99 ms"] / ours["p99 ms"],
             }
+            | {column: value for p, row in least.items() for column, value in _lead_in(p, ours, row).items()}
         )
     return leads
+
+
+def _lead_in(column: str, ours: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    name = column.split()[0]
+    return {
+        column: ours[column],
+        f"best other {name}": f"{other[column]:.4g} ({other['system']})",
+        f"{name} ratio": other[column] / ours[column],
+    }
 
 
 def _plot(rows: list[dict[str, Any]]) -> None:

@@ -97,6 +97,8 @@ def measure_engine(
                 "undefended ms": 1000 * a.b_s,
                 "defended ms": 1000 * a.a_s,
                 "defended / undefended": a.median,
+                "smallest": a.smallest,
+                "largest": a.largest,
                 f"share of {many} / undefended": share,
                 "with sigma 0": a_still.median,
                 "literal ms": 1000 * b.a_s,
@@ -177,7 +179,7 @@ class LiteralDefense:
     def __init__(self, predictor: Predictor, defense: ServedDefense) -> None:
         self._predictor, self._split = predictor, predictor.split
         self._settings: DefenseConfig = predictor.config.defense
-        self._masks = top_k_masks(defense.importance.scores, self._settings.top_k)
+        self._masks = top_k_masks(defense.importance.scores, self._settings.top_k).float()
 
     @torch.inference_mode()
     def __call__(self, pixels: list[Pixels]) -> object:
@@ -194,8 +196,7 @@ class LiteralDefense:
         weights = (self._split(noisy) / self._settings.temperature).softmax(1)
         masks = torch.zeros(len(images), self._masks.shape[1])
         for i in range(len(images)):
-            for c in range(self._masks.shape[0]):
-                masks[i] += weights[i, c] * self._masks[c]
+            masks[i] = weights[i] @ self._masks
         return self._masked(images, masks).softmax(1).cpu().numpy()
 
     def _masked(self, images: Tensor, masks: Tensor) -> Tensor:

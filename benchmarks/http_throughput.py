@@ -2,7 +2,7 @@
 
     python benchmarks/http_throughput.py [--seconds 6] [--rounds 3]
 
-wrk (on the same processors) posts one PNG a request over 1 to 256 connections, for the given time, or as long as thirty
+wrk (on the same processors) posts one PNG a request over 1 to 256 connections, for the given time, or as long as 25
 batches take: what is under way when it stops does not count. The bare loop predicts batches of 64 in this process while
 the server is idle, before and after each of these runs; where connections are fewer, batches of as many images, too:
 what small batches lose is not lost to HTTP. A ratio is against the mean of before and after, and of the rounds' ratios,
@@ -17,14 +17,12 @@ from statistics import median
 from typing import Any
 
 from measure import plot_lines, write_results
-from peers.load import saturate
+from peers.load import BATCH, long_enough, saturate
 from server import Server, igd_server
 
 from models import models, pixels_of, predictor_of, sample_files, settings_of
 
 CONNECTIONS = (1, 8, 32, 64, 128, 256)
-BATCH = 64
-LEAST_BATCHES = 30  # of a run
 RATIO, RATIO_OF_AS_MANY = "/classify / bare loop", "/classify / bare loop of as many images"
 
 
@@ -65,16 +63,15 @@ def _measure(name: str, model: Path, seconds: float, rounds: int, engine: dict[s
 
 def _median_row(name: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
     row = {"model": name} | {column: median(run[column] for run in runs) for column in runs[0]}
-    row["errors"] = sum(run["errors"] for run in runs)
-    return row
+    row |= {"smallest": min(run[RATIO] for run in runs), "largest": max(run[RATIO] for run in runs)}
+    return row | {"errors": sum(run["errors"] for run in runs)}
 
 
 def _run(server: Server, bare: "BareLoop", files: Path, connections: int, seconds: float) -> dict[str, Any]:
     sizes = sorted({min(connections, BATCH), BATCH})
     before = {size: bare.images_per_s(seconds / 3, size) for size in sizes}
-    seconds = max(seconds, LEAST_BATCHES * sizes[0] / before[sizes[0]])
     counted, cpu_s = server.metrics(), server.cpu_s()
-    found = saturate(server.url, connections, seconds, bodies=files)
+    found = saturate(server.url, connections, long_enough(seconds, before[sizes[0]], sizes[0]), bodies=files)
     cpu_s = server.cpu_s() - cpu_s + found.client_cpu_s
     batches = {key: server.metrics()[key] - counted[key] for key in ("igd_batch_size_sum", "igd_batch_size_count")}
     rates = [(before[size] + bare.images_per_s(seconds / 3, size)) / 2 for size in sizes]
@@ -88,8 +85,8 @@ def _run(server: Server, bare: "BareLoop", files: Path, connections: int, second
         "p99 ms": found.p99_ms,
         "mean batch": batches["igd_batch_size_sum"] / max(1, batches["igd_batch_size_count"]),
         "errors": found.errors,
-        "client CPU us/request": 1e6 * found.client_cpu_s / (found.requests_per_s * seconds),
-        "cores busy": cpu_s / (seconds * len(os.sched_getaffinity(0))),
+        "client CPU us/request": 1e6 * found.client_cpu_s / (found.requests_per_s * found.seconds),
+        "cores busy": cpu_s / (found.seconds * len(os.sched_getaffinity(0))),
     }
     print(run, flush=True)
     return run

@@ -2,9 +2,12 @@
 
     python benchmarks/overload.py [--seconds 8] [--rounds 3]
 
-Saturation is what wrk gets over 128 connections. Then requests come at Poisson times, answered or not; latency counts
-from when a request was due. Goodput counts predictions that came while the load lasted; the rest was refused with 429,
-came after it, or is an error. Every round has all loads, and of each figure the median counts, of errors the sum.
+Saturation is what wrk gets over 128 connections, measured anew in each round, in which then requests come at Poisson
+times, answered or not; latency counts from when a request was due. The queue holds what a second answers (128 images at
+least, 1,024 at most); beyond saturation as many requests are due at the start, so that it is full, and requests are
+refused, from then on. Goodput counts predictions that came while the load lasted; the rest was refused with 429, came
+after it, or is an error. Of each figure the median over rounds counts, of errors the sum; goodput is compared with its
+round's peak.
 """
 
 import argparse
@@ -13,12 +16,15 @@ from statistics import median
 from typing import Any
 
 from measure import plot_lines, write_results
-from peers.load import Offered, offered, saturate
+from peers.load import BATCH, Offered, long_enough, offered, saturate
 from server import igd_server
 
 from models import models, sample_files, settings_of
 
 LOADS = (0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 3.0)
+QUEUE_S, QUEUE_SIZES = 1.0, (2 * BATCH, 1024)
+CONNECTIONS, MOST_CONNECTIONS = 128, 2048
+Round = tuple[float, dict[float, Offered]]  # saturation, and what was found at each load
 
 
 def main() -> None:
@@ -41,30 +47,41 @@ def _series(rows: list[dict[str, Any]], model: str, column: str) -> list[tuple[f
 
 
 def _measure(name: str, model: Path, seconds: float, rounds: int) -> list[dict[str, Any]]:
-    files = sample_files(model)
-    runs: dict[float, list[Offered]] = {load: [] for load in LOADS}
-    with igd_server(model, **settings_of(model)) as server:
-        saturate(server.url, 128, seconds / 2, bodies=files)
-        capacity = saturate(server.url, 128, seconds, bodies=files).requests_per_s
-        for i in range(rounds):
-            for load in LOADS:
-                run = offered(server.url, load * capacity, seconds, bodies=files, seed=i, connections=2048)
-                runs[load].append(run)
-                print(name, load, run, flush=True)
-    rows = [_row(name, load, of_load, seconds) for load, of_load in runs.items()]
-    peak = max(row["goodput /s"] for row in rows)
-    return [row | {"goodput / peak": row["goodput /s"] / peak} for row in rows]
+    files, settings = sample_files(model), settings_of(model)
+    with igd_server(model, **settings) as server:
+        answered = round(QUEUE_S * _saturation(server.url, files, seconds))
+    queue = sorted([answered, *QUEUE_SIZES])[1]
+    with igd_server(model, **settings, max_queue=queue) as server:
+        found = [_round(name, server.url, files, seconds, queue, seed) for seed in range(rounds)]
+    return [_row(name, load, found, seconds) for load in LOADS]
 
 
-def _row(name: str, load: float, runs: list[Offered], seconds: float) -> dict[str, Any]:
-    goodputs = [run.ok_in_time / seconds for run in runs]
+def _saturation(url: str, files: Path, seconds: float) -> float:
+    rate = saturate(url, CONNECTIONS, seconds / 4, bodies=files).requests_per_s
+    return saturate(url, CONNECTIONS, long_enough(seconds / 2, rate), bodies=files).requests_per_s
+
+
+def _round(name: str, url: str, files: Path, seconds: float, queue: int, seed: int) -> Round:
+    capacity, runs = _saturation(url, files, seconds), dict[float, Offered]()
+    for load in LOADS:
+        of_load = {"seed": seed, "connections": MOST_CONNECTIONS, "ahead": queue if load > 1 else 0}
+        runs[load] = offered(url, load * capacity, seconds, bodies=files, **of_load)
+        print(name, load, runs[load], flush=True)
+    return capacity, runs
+
+
+def _row(name: str, load: float, rounds: list[Round], seconds: float) -> dict[str, Any]:
+    runs = [of_round[load] for _, of_round in rounds]
+    peaks = [max(run.ok_in_time for run in of_round.values()) for _, of_round in rounds]
+    shares = [run.ok_in_time / peak for run, peak in zip(runs, peaks, strict=True)]
     return {
         "model": name,
         "load": load,
-        "offered /s": median(run.offered for run in runs) / seconds,
-        "goodput /s": median(goodputs),
-        "smallest": min(goodputs),
-        "largest": max(goodputs),
+        "offered /s": load * median(capacity for capacity, _ in rounds),
+        "goodput /s": median(run.ok_in_time for run in runs) / seconds,
+        "goodput / peak": median(shares),
+        "smallest": min(shares),
+        "largest": max(shares),
         "refused (429)": median(run.rejected for run in runs),
         "errors": sum(run.errors for run in runs),
         "p50 ms": median(run.p50_ms for run in runs),

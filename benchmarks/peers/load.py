@@ -9,17 +9,22 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
+BATCH, LEAST_BATCHES = 64, 25
 
 
 @dataclass(frozen=True)
 class Saturation:
     """What wrk saw. Latencies are of a closed loop: each connection waits for its answer before it sends again.
 
+    To them wrk adds those of the requests that a connection would have sent meanwhile, had it not waited for longer
+    than it does on average: at few connections a single stall can be the 99th percentile.
+
     Attributes:
-        requests_per_s: answers with a 2xx or 3xx status.
+        seconds: that it took. requests_per_s: answers with a 2xx or 3xx status.
         errors: other answers, and requests without one.
     """
 
+    seconds: float
     requests_per_s: float
     p50_ms: float
     p99_ms: float
@@ -50,6 +55,11 @@ class Offered:
     client_cpu_s: float
 
 
+def long_enough(seconds: float, images_per_s: float, batch: int = BATCH) -> float:
+    """So many seconds, or as long as enough batches take: of a run, what is under way at its end does not count."""
+    return max(seconds, LEAST_BATCHES * batch / images_per_s)
+
+
 def saturate(
     url: str,
     connections: int,
@@ -71,7 +81,7 @@ def saturate(
     found, cpu_s = _measured([*command, "-s", str(HERE / "post.lua"), url], environment)
     ok = found["answers"] - found["not_ok"]
     errors = found["not_ok"] + found["lost"]
-    return Saturation(ok / found["seconds"], found["p50_ms"], found["p99_ms"], errors, cpu_s)
+    return Saturation(found["seconds"], ok / found["seconds"], found["p50_ms"], found["p99_ms"], errors, cpu_s)
 
 
 def offered(
@@ -84,6 +94,7 @@ def offered(
     seed: int = 0,
     connections: int = 512,
     timeout_s: float = 10.0,
+    ahead: int = 0,
 ) -> Offered:
     """Post a directory's files at Poisson times, whether or not earlier ones are answered, in a process of its own.
 
@@ -91,9 +102,10 @@ def offered(
         rate: requests per second.
         connections: at most; a request that finds none free waits, and its latency counts that.
         timeout_s: how long after the last one was due to wait for answers.
+        ahead: further requests that are due at the start, to fill the server's queue.
     """
     arguments = {"url": url, "rate": rate, "seconds": seconds, "bodies": str(bodies), "content_type": content_type}
-    arguments |= {"seed": seed, "connections": connections, "timeout_s": timeout_s}
+    arguments |= {"seed": seed, "connections": connections, "timeout_s": timeout_s, "ahead": ahead}
     command = [sys.executable, "-m", "peers.open_loop", json.dumps(arguments)]
     found, cpu_s = _measured(command, {"PYTHONPATH": str(HERE.parent)})
     return Offered(**found, client_cpu_s=cpu_s)

@@ -104,15 +104,23 @@ def poisson_times(rate: float, seconds: float, seed: int) -> list[float]:
 
 
 def run(
-    url: str, rate: float, seconds: float, bodies: str, content_type: str, seed: int, connections: int, timeout_s: float
+    url: str,
+    rate: float,
+    seconds: float,
+    bodies: str,
+    content_type: str,
+    seed: int,
+    connections: int,
+    timeout_s: float,
+    ahead: int,
 ) -> dict[str, Any]:
     """What ``load.offered`` reports, but for the CPU seconds."""
     parts = urlsplit(url)
     files = sorted(path for path in Path(bodies).iterdir() if path.is_file())
     requests = [request_bytes(url, content_type, path.read_bytes()) for path in files]
     loop = OpenLoop((parts.hostname or "127.0.0.1", parts.port or 80), requests, connections)
-    loop.open(min(connections, 16))
-    times = poisson_times(rate, seconds, seed)
+    loop.open(min(connections, max(16, ahead)))
+    times = [0.0] * ahead + poisson_times(rate, seconds, seed)
     started_s = time.perf_counter()
     for at_s in times:
         while time.perf_counter() < started_s + at_s:
