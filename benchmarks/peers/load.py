@@ -57,7 +57,7 @@ class Offered:
 
 def long_enough(seconds: float, images_per_s: float, batch: int = BATCH) -> float:
     """So many seconds, or as long as enough batches take: of a run, what is under way at its end does not count."""
-    return max(seconds, LEAST_BATCHES * batch / images_per_s)
+    return max(seconds, LEAST_BATCHES * batch / max(1.0, images_per_s))
 
 
 def saturate(
