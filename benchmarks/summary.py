@@ -78,7 +78,8 @@ def main() -> None:
     lines = [_line(what, target, results[name], *where) for what, target, name, *where in MEASURES]
     memory = {row["when"]: row["resident MiB"] for row in _read("memory")}
     growth = f"{memory['some more'] / memory['a tenth of them'] - 1:+.1%}"
-    what = "(f) growth of memory from 10,000 requests on: to 100,000, 3,000 abandoned, some more"
+    left = max(int(when.split()[0]) for when in memory if "abandoned" in when)
+    what = f"(f) growth of memory from 10,000 requests on: to 100,000, {left:,} abandoned, some more"
     lines.append({"what": what, "target": "flat", "ResNet-18": "", "bundled": growth})
     table = table_of(lines)
     (RESULTS / "summary.md").write_text(table + "\n")

@@ -57,7 +57,9 @@ class Settings(BaseSettings):
     deadline_s: float = Field(30.0, gt=0, description="Seconds from a request's arrival to 504.")
     drain_s: float = Field(30.0, gt=0, description="Seconds to answer what was admitted after SIGTERM.")
     drain_delay_s: float = Field(
-        0.0, ge=0, description="Seconds to go on, not ready, after SIGTERM: what a load balancer needs to notice."
+        0.0,
+        ge=0,
+        description="Seconds of drain_s, half at most, to go on, not ready: what a load balancer needs to notice.",
     )
     max_images: Positive = Field(256, description="Images in one request.")
     max_body_mb: float = Field(32.0, gt=0, description="Megabytes in one request body.")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-BATCH, LEAST_BATCHES = 64, 25
+BATCH, LEAST_BATCHES, LONGEST = 64, 25, 5
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Offered:
         offered: requests that were due. rejected: answered 429 or 503.
         ok: answered 2xx. ok_in_time: those answered before the load ended.
         errors: other answers, and none within the time allowed.
-        late_p99_ms: how late requests were sent; where that is much, the client could not
+        late_p99_ms: how late requests were sent, but for those ahead; where that is much, the client could not
             keep up, or all connections were taken.
     """
 
@@ -56,8 +56,11 @@ class Offered:
 
 
 def long_enough(seconds: float, images_per_s: float, batch: int = BATCH) -> float:
-    """So many seconds, or as long as enough batches take: of a run, what is under way at its end does not count."""
-    return max(seconds, LEAST_BATCHES * batch / max(1.0, images_per_s))
+    """So many seconds, up to ``LONGEST`` times as many where enough batches take so long.
+
+    Of a run, what is under way at its end does not count.
+    """
+    return min(LONGEST * seconds, max(seconds, LEAST_BATCHES * batch / max(1.0, images_per_s)))
 
 
 def saturate(

@@ -213,6 +213,7 @@ def cannot(*arguments):
     raise EngineError("it cannot do this model")
 
 
+@needs_openvino
 def test_a_compiler_that_fails_is_done_without_when_nobody_asked_for_it(tiny_model, monkeypatch, caplog):
     monkeypatch.setattr(predictor, "openvino_chain", cannot)
     monkeypatch.setattr(predictor, "choose_compiler", lambda name, device: "openvino")

@@ -82,7 +82,7 @@ def test_what_comes_after_the_signal_is_refused(start_igd, tiny_model, image, un
         answer = client.post("/classify", content=image, headers={"Content-Type": "image/png"})
     assert answer.status_code == 503 and "shutting down" in answer.json()["detail"]
     assert request.answer is None  # which was admitted, and has its time
-    server.signal(signal.SIGTERM)
+    assert server.ended() == 0
     request.join()
 
 

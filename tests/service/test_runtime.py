@@ -10,12 +10,14 @@ from types import SimpleNamespace
 import pytest
 from starlette.requests import ClientDisconnect
 
+from defense import DefenseError
 from importance_store import StoreUnavailable
 from service import runtime as runtime_module
 from service.batching import Batcher
+from service.compilers import EngineError
 from service.errors import DeadlineExceeded, Draining, NotFound, QueueFull
 from service.metrics import Metrics
-from service.routes import admission
+from service.routes import admission, inference_protocol
 from service.routes.inference_protocol import check_version
 from service.routes.status import check_ready
 from service.runtime import Runtime
@@ -131,6 +133,34 @@ def test_a_server_that_leaves_or_whose_dispatcher_is_dead_is_not_ready(leaving, 
         check_ready(SimpleNamespace(leaving=leaving, batcher=batcher, defense="of now"))
     batcher.accepting = True
     assert check_ready(SimpleNamespace(leaving=False, batcher=batcher, defense="of now")) == "of now"
+
+
+def test_an_inference_is_of_the_version_that_was_asked_for(monkeypatch):
+    served, config = SimpleNamespace(version="v1"), SimpleNamespace(name="m")
+    settings, predictor = SimpleNamespace(api_keys=()), SimpleNamespace(config=config)
+    runtime = SimpleNamespace(defense=served, served=served, settings=settings, predictor=predictor)
+
+    async def classified(request, read):  # while another version is activated
+        return SimpleNamespace(version="v2"), None
+
+    monkeypatch.setattr(inference_protocol, "runtime_of", lambda request: runtime)
+    monkeypatch.setattr(inference_protocol, "classified", classified)
+    with pytest.raises(NotFound, match="'v1' is not being served, 'v2' is"):
+        asyncio.run(inference_protocol.infer(SimpleNamespace(headers={}), "m", "v1"))
+
+
+@pytest.mark.parametrize(("error", "advised"), [(EngineError("no such precision"), 0), (DefenseError("no fit"), 1)])
+def test_to_rank_again_is_advised_where_it_helps(error, advised, monkeypatch, tiny_model, tmp_path, caplog):
+    runtime = Runtime(Settings(model=tiny_model, data_dir=tmp_path), Metrics())
+    loaded = SimpleNamespace(version="v1", importance=None)
+
+    def prepare(version, importance):
+        raise error
+
+    runtime.predictor = SimpleNamespace(model_digest="d", prepare=prepare)
+    runtime._activate(SimpleNamespace(load=lambda version, model_digest: loaded), "v1")
+    assert f"version v1 is not served: {error}" in caplog.text and runtime.problem == str(error)
+    assert caplog.text.count("igd rank") == advised
 
 
 def test_a_version_that_is_asked_for_is_that_or_none():
