@@ -36,4 +36,5 @@ def test_what_a_refused_request_has_left_in_the_pool_is_not_decoded(faulty_at):
         decoder._pool.shutdown(wait=True)  # after all that is still to be done
 
     asyncio.run(scenario())
-    assert len(seen) == faulty_at + 2, "one was begun when the request was refused, and no other after it"
+    # The next one may have been begun when the request was refused, and no other after it.
+    assert len(seen) in (faulty_at + 1, faulty_at + 2)
