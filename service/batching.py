@@ -23,6 +23,8 @@ from service.errors import Draining, NotReady, QueueFull
 logger = logging.getLogger(__name__)
 
 IN_PLACE_S = 0.005  # for so long the event loop may stand still
+LONG_ITEM_S = 0.002  # what an item takes where clients are waited for
+RETURN_SHARE, SOON_SHARE, MOST_MISSES = 0.2, 0.1, 5  # of the next batch's time: how long they are, and what is soon
 
 Group = TypeVar("Group", bound=Hashable)
 Item = TypeVar("Item")
@@ -55,11 +57,31 @@ class _Waiting(Generic[Group, Item, Result]):
         return not (self.answer.done() or self.request.failed)
 
 
+@dataclass(slots=True)
+class _Returns:
+    """Clients that may send again at once.
+
+    Attributes:
+        until: when, on the loop's clock, they are no longer waited for. size: of the queue, when all have.
+        soon: until when, on the batcher's clock, it was worth while to wait.
+    """
+
+    until: float
+    size: int
+    soon: float
+
+
 class Batcher(Generic[Group, Item, Result]):
     """One queue, one dispatcher, one device thread.
 
     Under load the results of a batch are handed out when the next one has been prepared: they make the event loop busy,
     and what is prepared in Python meanwhile would wait for Python's lock, again and again.
+
+    Clients that wait for each answer before they send again would fall into two halves for ever, one in a batch, the
+    other in the queue; where small batches are slower by the item than larger ones, that is a loss. So where items take
+    long, the results come first, and the next batch is taken when as many have come as were answered, or after a fifth
+    of the time that it would take with them. That is tried ever more seldom where they do not come, or only after a
+    tenth of that time, and not if the batch would be larger than a quarter of the largest: little is to be gained then.
 
     Args:
         run_batch: called on the device thread with a group and what ``prepare`` made of up to ``max_batch_size`` items
@@ -75,6 +97,7 @@ class Batcher(Generic[Group, Item, Result]):
         on_death: called if the dispatcher dies of a bug; by then nobody is left waiting.
         on_taken: called on the device thread with the seconds that each item of a batch has waited for it.
         prepare: the part of a batch that needs Python's lock and is short; by default the items are left as they are.
+        clock: seconds that a batch takes are told by; like perf_counter, it may be asked on any thread.
     """
 
     def __init__(
@@ -89,9 +112,10 @@ class Batcher(Generic[Group, Item, Result]):
         on_death: Callable[[BaseException], None] = lambda error: None,
         on_taken: Callable[[list[float]], None] = lambda waits_s: None,
         prepare: Callable[[Group, list[Item]], Any] = lambda group, items: items,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._run_batch, self._device, self._on_death, self._on_taken = run_batch, device, on_death, on_taken
-        self._in_place, self._prepare = in_place, prepare
+        self._in_place, self._prepare, self._clock = in_place, prepare, clock
         self.max_batch_size, self.max_queue, self.max_wait_s = max_batch_size, max_queue, max_wait_s
         self._queue: deque[_Waiting[Group, Item, Result]] = deque()
         self._taken: deque[list[_Waiting[Group, Item, Result]]] = deque()  # batches not settled yet, oldest first
@@ -104,6 +128,9 @@ class Batcher(Generic[Group, Item, Result]):
         self._work_since = 0.0  # when the last results were handed out, or the first of those in progress admitted
         self._recent_items = self._recent_s = 0.0  # of the last ten turns or so
         self._lone_s = inf  # what the last item that was alone in its batch took
+        self._taken_at, self._taken_size = 0.0, 0  # when the last batch was, on the clock; its items
+        self._returns: _Returns | None = None
+        self._misses = self._skips = 0  # waits in vain, one after the other; batches after which none is tried
         self.in_flight = 0
 
     @property
@@ -217,6 +244,7 @@ class Batcher(Generic[Group, Item, Result]):
             self._timer = loop.call_later(left_s, self._begin_if_due, loop)
         else:
             self._busy = True
+            self._learn_from_returns()
             if not (self._is_for_here() and self._ran_here(loop)):
                 self._give_device_a_turn(loop)
 
@@ -233,15 +261,35 @@ class Batcher(Generic[Group, Item, Result]):
         return turn is not None
 
     def _left_to_wait_s(self, loop: asyncio.AbstractEventLoop) -> float:
-        if not self.max_wait_s or self._draining or len(self._queue) >= self.max_batch_size:
+        if self._draining or len(self._queue) >= self.max_batch_size:
+            return 0
+        if self._returns and len(self._queue) < self._returns.size:
+            return self._returns.until - loop.time()
+        if not self.max_wait_s:
             return 0
         since = next((w.since for w in self._queue if w.wanted), -self.max_wait_s)
         return since + self.max_wait_s - loop.time()
 
+    def _learn_from_returns(self) -> None:
+        """A batch begins: did those that were waited for come soon?"""
+        if self._returns:
+            came = len(self._queue) >= self._returns.size and self._clock() <= self._returns.soon
+            self._misses = 0 if came else min(MOST_MISSES, 1 + self._misses)
+            self._skips = 2**self._misses - 1
+            self._returns = None
+
     def _settle(
-        self, loop: asyncio.AbstractEventLoop, turn: "Future[Sequence[Result | Exception]]", goes_on: bool
+        self,
+        loop: asyncio.AbstractEventLoop,
+        turn: "Future[Sequence[Result | Exception]]",
+        goes_on: bool,
+        return_s: float = 0.0,
     ) -> None:
-        """Hand out the results of a batch."""
+        """Hand out the results of a batch.
+
+        Args:
+            goes_on: the device has the next one. return_s: how long it may wait for those who are answered now.
+        """
         if not self.alive:
             return
         try:
@@ -260,6 +308,9 @@ class Batcher(Generic[Group, Item, Result]):
             self._work_since = loop.time()
             if not goes_on:
                 self._busy = False
+                if return_s:
+                    soon = self._clock() + return_s * SOON_SHARE / RETURN_SHARE
+                    self._returns = _Returns(loop.time() + return_s, len(self._queue) + len(batch), soon)
                 self._begin_if_due(loop)
         except BaseException as error:  # noqa: BLE001 - whatever it is, nobody may be left waiting
             self._die(error)
@@ -296,11 +347,12 @@ class Batcher(Generic[Group, Item, Result]):
     def _after_turn(self, loop: asyncio.AbstractEventLoop, turn: "Future[Sequence[Result | Exception]]") -> None:
         if self._ended:  # by then the loop may be closed
             return
-        goes_on = bool(self._queue) and not self.max_wait_s and turn.exception() is None
+        return_s = self._time_to_return_s()
+        goes_on = bool(self._queue) and not self.max_wait_s and not return_s and turn.exception() is None
 
         def hand_out() -> None:
             if not self._ended:
-                loop.call_soon_threadsafe(self._settle, loop, turn, goes_on)
+                loop.call_soon_threadsafe(self._settle, loop, turn, goes_on, return_s)
 
         next_is_at_once = isinstance(self._device, Device) and not self._device.waiting
         if goes_on and next_is_at_once:
@@ -310,6 +362,17 @@ class Batcher(Generic[Group, Item, Result]):
         if goes_on:
             self._give_device_a_turn(loop)
 
+    def _time_to_return_s(self) -> float:
+        """How long those whom the last batch was for may take to send again before the next is taken."""
+        item_s = (self._clock() - self._taken_at) / max(1, self._taken_size)
+        size = len(self._queue) + self._taken_size
+        if self.max_wait_s or item_s < LONG_ITEM_S or size > self.max_batch_size / 4:
+            return 0.0
+        if self._skips:
+            self._skips -= 1
+            return 0.0
+        return RETURN_SHARE * item_s * size
+
     def _turn(self, hand_out: HandOut = _nothing) -> Sequence[Result | Exception]:
         """Take a batch and run it.
 
@@ -318,7 +381,9 @@ class Batcher(Generic[Group, Item, Result]):
         """
         with ExitStack() as before:
             before.callback(hand_out)
+            self._taken_at = self._clock()
             batch, began_s = self._take(), time.perf_counter()
+            self._taken_size = len(batch)
             self._on_taken([began_s - w.request.queued_s for w in batch])
             outcomes = self._outcomes(batch, before.close)  # or, if it does not come so far, in the end
             if len(batch) == 1:

@@ -4,6 +4,7 @@ import asyncio
 import random
 import statistics
 from contextlib import asynccontextmanager
+from itertools import pairwise
 
 import pytest
 
@@ -15,11 +16,12 @@ BATCH_S, ITEM_S = 0.012, 0.0008  # what a batch costs, and each item in it
 
 
 @asynccontextmanager
-async def batching(loop, *, max_wait_s=0.0, max_batch_size=32, max_queue=10_000):
-    device = SimulatedDevice(loop, lambda count: BATCH_S + ITEM_S * count)
-    batcher = Batcher(
-        device.run_batch, device, max_batch_size=max_batch_size, max_queue=max_queue, max_wait_s=max_wait_s
-    )
+async def batching(loop, *, max_wait_s=0.0, max_batch_size=32, max_queue=10_000, item_s=ITEM_S, awaits_returns=False):
+    """``awaits_returns``: the batcher is told how long batches take; else it takes all items for quick ones."""
+    device = SimulatedDevice(loop, lambda count: BATCH_S + item_s * count)
+    options = {"max_batch_size": max_batch_size, "max_queue": max_queue, "max_wait_s": max_wait_s}
+    clock = loop.time if awaits_returns else lambda: 0.0
+    batcher = Batcher(device.run_batch, device, **options, clock=clock)
     batcher.start()
     try:
         yield batcher, device
@@ -156,18 +158,106 @@ def percentiles(latencies):
     return 1000 * cuts[49], 1000 * cuts[98]
 
 
-def test_at_300_requests_a_second_late_binding_has_the_latency_that_was_published():
+@pytest.mark.parametrize("awaits_returns", [False, True])
+def test_at_300_requests_a_second_late_binding_has_the_latency_that_was_published(awaits_returns):
     """24 and 36 ms (p50 and p99) without a wait, 30 and 42 ms with one of 20 ms."""
     arrivals = poisson(rate=300, count=6000)
 
-    p50, p99 = percentiles(run(arrivals)[0])
+    p50, p99 = percentiles(run(arrivals, awaits_returns=awaits_returns)[0])
     waiting_p50, waiting_p99 = percentiles(run(arrivals, max_wait_s=0.020)[0])
 
     assert (p50, p99) == (pytest.approx(24, abs=2.5), pytest.approx(36, abs=3))
     assert (waiting_p50, waiting_p99) == (pytest.approx(30, abs=3), pytest.approx(42, abs=4))
 
 
-def test_beyond_saturation_the_device_runs_full_batches_only():
+@pytest.mark.parametrize("awaits_returns", [False, True])
+def test_beyond_saturation_the_device_runs_full_batches_only(awaits_returns):
     """The most it can do is 32 items in 37.6 ms, 851 a second."""
-    _, batches = run(poisson(rate=1300, count=4000))
+    _, batches = run(poisson(rate=1300, count=4000), awaits_returns=awaits_returns)
     assert statistics.fmean(len(items) for _, items in batches[3:-1]) > 31.5
+
+
+LONG_ITEM_S = 0.005  # of an item that is long: a batch of 8 takes 52 ms, and may be waited for 10.4
+
+
+def clients(number, rounds, think_s, *, spread=False, **options):
+    """Clients that send again so long after each answer, or in equal steps up to that: the batches as (when, items)."""
+
+    async def client(loop, batcher, i):
+        await asyncio.sleep(0.001 * i)
+        for _ in range(rounds):
+            await at(loop, loop.time() + think_s * ((1 + i) / number if spread else 1), batcher, i)
+
+    async def scenario(loop):
+        async with batching(loop, item_s=LONG_ITEM_S, max_batch_size=64, **options) as (batcher, device):
+            await asyncio.gather(*(client(loop, batcher, i) for i in range(number)))
+        return device.batches
+
+    return simulate(scenario)
+
+
+def sizes(batches):
+    return [len(items) for _, items in batches]
+
+
+@pytest.mark.parametrize("number", [2, 3, 8, 16])
+def test_clients_that_wait_for_their_answers_are_served_together(number):
+    batches = clients(number, 20, think_s=0.002, awaits_returns=True)
+    assert set(sizes(batches[3:-3])) == {number}
+    gaps = [later - when for (when, _), (later, _) in pairwise(batches[3:-3])]
+    assert gaps == pytest.approx([BATCH_S + number * LONG_ITEM_S + 0.002] * len(gaps))  # not a moment longer
+    alternating = clients(number, 20, think_s=0.002)
+    assert max(sizes(alternating[3:-3])) < number and alternating[-1][0] > batches[-1][0]
+
+
+def test_where_the_largest_batches_are_near_nothing_is_waited_for():
+    batches = clients(17, 20, think_s=0.002, awaits_returns=True)
+    assert batches == clients(17, 20, think_s=0.002)
+
+
+def test_those_who_do_not_come_are_waited_for_ever_more_seldom():
+    arrivals = poisson(rate=100, count=2000)
+    latencies, batches = run(arrivals, item_s=LONG_ITEM_S, awaits_returns=True)
+    ends = [when + BATCH_S + LONG_ITEM_S * len(items) for when, items in batches]
+    ready = [max(end, arrivals[items[0]]) for end, (_, items) in zip(ends, batches[1:], strict=False)]
+    waits = [when - since for since, (when, _) in zip(ready, batches[1:], strict=True) if when - since > 1e-9]
+    assert 5 <= len(waits) <= len(batches) / 10
+    assert statistics.fmean(latencies) < 1.04 * statistics.fmean(run(arrivals, item_s=LONG_ITEM_S)[0])
+
+
+@pytest.mark.parametrize(
+    ("think_s", "together"), [(0.005, True), (0.020, False)]
+)  # a tenth of a batch's time is 5.2 ms
+def test_clients_that_come_late_are_not_waited_for(think_s, together):
+    batches = clients(8, 100, think_s=think_s, spread=True, awaits_returns=True)
+    assert (sizes(batches).count(8) > 90) == together
+    assert (sizes(batches).count(8) < 15) == (not together)
+
+
+def test_a_lone_client_is_never_waited_for():
+    batches = clients(1, 5, think_s=0.002, awaits_returns=True)
+    assert [when for when, _ in batches] == pytest.approx(
+        [0.002 + i * (0.002 + BATCH_S + LONG_ITEM_S) for i in range(5)]
+    )
+
+
+def test_a_stranger_waits_for_a_fifth_of_a_batch_s_time_at_most():
+    moments = [0.0] * 8 + [0.053]
+    latencies, batches = run(moments, item_s=LONG_ITEM_S, awaits_returns=True)
+    assert sizes(batches) == [8, 1]
+    assert latencies[-1] == pytest.approx(0.052 * 1.2 - 0.053 + BATCH_S + LONG_ITEM_S)
+
+
+def test_draining_does_not_wait_for_returns():
+    async def scenario(loop):
+        async with batching(loop, item_s=10.0, awaits_returns=True) as (batcher, _):
+            await batcher.submit("a", [1, 2])  # for 20 s, and 4 more
+            with batcher.admit(1):
+                request = asyncio.create_task(batcher.submit("a", [3]))
+                await asyncio.sleep(0.001)
+                drained = asyncio.create_task(batcher.drain(60))
+                await request
+            await drained
+            return loop.time()
+
+    assert simulate(scenario) < 30.2

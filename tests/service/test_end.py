@@ -19,7 +19,7 @@ Predictor.both_passes = both_passes
 """
 DISPATCHER_DIES = """
 from service.batching import Batcher
-def _settle(self, loop, turn, goes_on):
+def _settle(self, *given):
     self._die(KeyError("a bug"))
 Batcher._settle = _settle
 """
