@@ -9,7 +9,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, Executor, Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 IN_PLACE_S = 0.005  # for so long the event loop may stand still
 LONG_ITEM_S = 0.002  # what an item takes where clients are waited for
-RETURN_SHARE, SOON_SHARE, MOST_MISSES = 0.2, 0.1, 5  # of the next batch's time: how long they are, and what is soon
+RETURN_SHARE, SOON_SHARE, MOST_MISSES = 0.2, 0.1, 5  # of a batch's time: how long they are, and what is soon
 
 Group = TypeVar("Group", bound=Hashable)
 Item = TypeVar("Item")
@@ -62,12 +62,12 @@ class _Returns:
     """Clients that may send again at once.
 
     Attributes:
-        until: when, on the loop's clock, they are no longer waited for. size: of the queue, when all have.
+        until: when, on the loop's clock, they are no longer waited for. count: of requests in the queue, when all have.
         soon: until when, on the batcher's clock, it was worth while to wait.
     """
 
     until: float
-    size: int
+    count: int
     soon: float
 
 
@@ -79,9 +79,10 @@ class Batcher(Generic[Group, Item, Result]):
 
     Clients that wait for each answer before they send again would fall into two halves for ever, one in a batch, the
     other in the queue; where small batches are slower by the item than larger ones, that is a loss. So where items take
-    long, the results come first, and the next batch is taken when as many have come as were answered, or after a fifth
-    of the time that it would take with them. That is tried ever more seldom where they do not come, or only after a
-    tenth of that time, and not if the batch would be larger than a quarter of the largest: little is to be gained then.
+    long, the results come first, and the next batch is taken when as many requests have come as were answered, or after
+    a fifth of the last one's time. That is tried ever more seldom where they do not come, or only after a tenth of that
+    time; and not if more wait than were answered, or the batch would be larger than a quarter of the largest: there is
+    little to gain then.
 
     Args:
         run_batch: called on the device thread with a group and what ``prepare`` made of up to ``max_batch_size`` items
@@ -128,7 +129,8 @@ class Batcher(Generic[Group, Item, Result]):
         self._work_since = 0.0  # when the last results were handed out, or the first of those in progress admitted
         self._recent_items = self._recent_s = 0.0  # of the last ten turns or so
         self._lone_s = inf  # what the last item that was alone in its batch took
-        self._taken_at, self._taken_size = 0.0, 0  # when the last batch was, on the clock; its items
+        self._taken_at = 0.0  # when the last batch was, on the clock
+        self._last: list[_Waiting[Group, Item, Result]] = []  # it; empty if it was tried one by one
         self._returns: _Returns | None = None
         self._misses = self._skips = 0  # waits in vain, one after the other; batches after which none is tried
         self.in_flight = 0
@@ -263,7 +265,7 @@ class Batcher(Generic[Group, Item, Result]):
     def _left_to_wait_s(self, loop: asyncio.AbstractEventLoop) -> float:
         if self._draining or len(self._queue) >= self.max_batch_size:
             return 0
-        if self._returns and len(self._queue) < self._returns.size:
+        if self._returns and self._requests_of(self._queue) < self._returns.count:
             return self._returns.until - loop.time()
         if not self.max_wait_s:
             return 0
@@ -272,11 +274,16 @@ class Batcher(Generic[Group, Item, Result]):
 
     def _learn_from_returns(self) -> None:
         """A batch begins: did those that were waited for come soon?"""
-        if self._returns:
-            came = len(self._queue) >= self._returns.size and self._clock() <= self._returns.soon
+        returns, self._returns = self._returns, None
+        if returns and self._queue[0].since <= returns.until:  # else nobody has waited
+            came = self._requests_of(self._queue) >= returns.count and self._clock() <= returns.soon
             self._misses = 0 if came else min(MOST_MISSES, 1 + self._misses)
             self._skips = 2**self._misses - 1
-            self._returns = None
+
+    @staticmethod
+    def _requests_of(waiting: Iterable[_Waiting[Group, Item, Result]]) -> int:
+        """How many requests these belong to, but for those that nobody waits for."""
+        return len({id(w.request) for w in waiting if w.wanted})
 
     def _settle(
         self,
@@ -295,6 +302,7 @@ class Batcher(Generic[Group, Item, Result]):
         try:
             outcomes = turn.result()
             batch = self._taken[0]  # it stays there until it is answered, for where this fails
+            answered = self._requests_of(batch) if return_s else 0
             for w, outcome in zip(batch, outcomes, strict=True):
                 if w.answer.done():
                     continue
@@ -308,9 +316,9 @@ class Batcher(Generic[Group, Item, Result]):
             self._work_since = loop.time()
             if not goes_on:
                 self._busy = False
-                if return_s:
+                if answered:
                     soon = self._clock() + return_s * SOON_SHARE / RETURN_SHARE
-                    self._returns = _Returns(loop.time() + return_s, len(self._queue) + len(batch), soon)
+                    self._returns = _Returns(loop.time() + return_s, answered + self._requests_of(self._queue), soon)
                 self._begin_if_due(loop)
         except BaseException as error:  # noqa: BLE001 - whatever it is, nobody may be left waiting
             self._die(error)
@@ -364,14 +372,18 @@ class Batcher(Generic[Group, Item, Result]):
 
     def _time_to_return_s(self) -> float:
         """How long those whom the last batch was for may take to send again before the next is taken."""
-        item_s = (self._clock() - self._taken_at) / max(1, self._taken_size)
-        size = len(self._queue) + self._taken_size
-        if self.max_wait_s or item_s < LONG_ITEM_S or size > self.max_batch_size / 4:
+        took_s, waiting, last = self._clock() - self._taken_at, len(self._queue), self._last
+        self._last = []
+        if self.max_wait_s or took_s < LONG_ITEM_S * len(last):
+            return 0.0
+        if waiting > len(last) or waiting + len(last) > self.max_batch_size / 4:
+            return 0.0
+        if not waiting and self._requests_of(last) < 2:  # a client is alone
             return 0.0
         if self._skips:
             self._skips -= 1
             return 0.0
-        return RETURN_SHARE * item_s * size
+        return RETURN_SHARE * took_s
 
     def _turn(self, hand_out: HandOut = _nothing) -> Sequence[Result | Exception]:
         """Take a batch and run it.
@@ -382,8 +394,8 @@ class Batcher(Generic[Group, Item, Result]):
         with ExitStack() as before:
             before.callback(hand_out)
             self._taken_at = self._clock()
-            batch, began_s = self._take(), time.perf_counter()
-            self._taken_size = len(batch)
+            self._last = batch = self._take()
+            began_s = time.perf_counter()
             self._on_taken([began_s - w.request.queued_s for w in batch])
             outcomes = self._outcomes(batch, before.close)  # or, if it does not come so far, in the end
             if len(batch) == 1:
@@ -419,6 +431,7 @@ class Batcher(Generic[Group, Item, Result]):
                 batch[0].request.failed = True
                 return [error]
             logger.exception("a batch of %d failed; trying its images one by one", len(batch))
+            self._last = []
             return [self._outcomes([w])[0] if w.wanted else error for w in batch]
 
     def _results(self, batch: list[_Waiting[Group, Item, Result]], prepared: HandOut) -> Sequence[Result]:
