@@ -7,7 +7,7 @@ times, answered or not; latency counts from when a request was due. The queue ho
 least, 1,024 at most); beyond saturation as many requests are due at the start, so that it is full, and requests are
 refused, from then on. Goodput counts predictions that came while the load lasted; the rest was refused with 429, came
 after it, or is an error. Of each figure the median over rounds counts, of errors the sum; goodput is compared with its
-round's peak.
+round's peak. A load lasts for the given time, or as long as 25 batches take.
 """
 
 import argparse
@@ -24,13 +24,13 @@ from models import models, sample_files, settings_of
 LOADS = (0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 3.0)
 QUEUE_S, QUEUE_SIZES = 1.0, (2 * BATCH, 1024)
 CONNECTIONS, MOST_CONNECTIONS = 128, 2048
-Round = tuple[float, dict[float, Offered]]  # saturation, and what was found at each load
+Round = tuple[float, float, dict[float, Offered]]  # saturation, seconds of each load, and what was found there
 
 
 def main() -> None:
     """Measure both models."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=8, help="of each load")
+    parser.add_argument("--seconds", type=float, default=8, help="of each load, at least")
     parser.add_argument("--rounds", type=int, default=3, help="of all loads")
     arguments = parser.parse_args()
     measured = [_measure(name, model, arguments.seconds, arguments.rounds) for name, model in models().items()]
@@ -53,7 +53,7 @@ def _measure(name: str, model: Path, seconds: float, rounds: int) -> list[dict[s
     queue = sorted([answered, *QUEUE_SIZES])[1]
     with igd_server(model, **settings, max_queue=queue) as server:
         found = [_round(name, server.url, files, seconds, queue, seed) for seed in range(rounds)]
-    return [_row(name, load, found, seconds) for load in LOADS]
+    return [_row(name, load, found) for load in LOADS]
 
 
 def _saturation(url: str, files: Path, seconds: float) -> float:
@@ -63,22 +63,23 @@ def _saturation(url: str, files: Path, seconds: float) -> float:
 
 def _round(name: str, url: str, files: Path, seconds: float, queue: int, seed: int) -> Round:
     capacity, runs = _saturation(url, files, seconds), dict[float, Offered]()
+    run_s = long_enough(seconds, capacity)
     for load in LOADS:
         of_load = {"seed": seed, "connections": MOST_CONNECTIONS, "ahead": queue if load > 1 else 0}
-        runs[load] = offered(url, load * capacity, seconds, bodies=files, **of_load)
+        runs[load] = offered(url, load * capacity, run_s, bodies=files, **of_load)
         print(name, load, runs[load], flush=True)
-    return capacity, runs
+    return capacity, run_s, runs
 
 
-def _row(name: str, load: float, rounds: list[Round], seconds: float) -> dict[str, Any]:
-    runs = [of_round[load] for _, of_round in rounds]
-    peaks = [max(run.ok_in_time for run in of_round.values()) for _, of_round in rounds]
+def _row(name: str, load: float, rounds: list[Round]) -> dict[str, Any]:
+    runs = [of_round[load] for _, _, of_round in rounds]
+    peaks = [max(run.ok_in_time for run in of_round.values()) for _, _, of_round in rounds]
     shares = [run.ok_in_time / peak for run, peak in zip(runs, peaks, strict=True)]
     return {
         "model": name,
         "load": load,
-        "offered /s": load * median(capacity for capacity, _ in rounds),
-        "goodput /s": median(run.ok_in_time for run in runs) / seconds,
+        "offered /s": load * median(capacity for capacity, _, _ in rounds),
+        "goodput /s": median(run.ok_in_time / run_s for run, (_, run_s, _) in zip(runs, rounds, strict=True)),
         "goodput / peak": median(shares),
         "smallest": min(shares),
         "largest": max(shares),
