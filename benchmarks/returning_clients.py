@@ -19,7 +19,7 @@ from server import Server, igd_server
 from models import models, sample_files, settings_of
 
 CONNECTIONS = (1, 4, 8, 16, 32)
-NOBODY_IS_WAITED_FOR = "from service import batching; batching.LONG_ITEM_S = float('inf')"
+NOBODY_IS_WAITED_FOR = "from service import returning_clients; returning_clients.LONG_ITEM_S = float('inf')"
 Run = tuple[Saturation, float]  # and the mean batch
 
 

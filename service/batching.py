@@ -9,7 +9,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import CancelledError, Executor, Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -19,12 +19,11 @@ from typing import Any, Generic, TypeVar
 
 from service.device import Device
 from service.errors import Draining, NotReady, QueueFull
+from service.returning_clients import ReturningClients, requests_of
 
 logger = logging.getLogger(__name__)
 
 IN_PLACE_S = 0.005  # for so long the event loop may stand still
-LONG_ITEM_S = 0.002  # what an item takes where clients are waited for
-RETURN_SHARE, SOON_SHARE, MOST_MISSES = 0.2, 0.1, 5  # of a batch's time: how long they are, and what is soon
 
 Group = TypeVar("Group", bound=Hashable)
 Item = TypeVar("Item")
@@ -57,32 +56,14 @@ class _Waiting(Generic[Group, Item, Result]):
         return not (self.answer.done() or self.request.failed)
 
 
-@dataclass(slots=True)
-class _Returns:
-    """Clients that may send again at once.
-
-    Attributes:
-        until: when, on the loop's clock, they are no longer waited for. count: of requests in the queue, when all have.
-        soon: until when, on the batcher's clock, it was worth while to wait.
-    """
-
-    until: float
-    count: int
-    soon: float
-
-
 class Batcher(Generic[Group, Item, Result]):
     """One queue, one dispatcher, one device thread.
 
     Under load the results of a batch are handed out when the next one has been prepared: they make the event loop busy,
     and what is prepared in Python meanwhile would wait for Python's lock, again and again.
 
-    Clients that wait for each answer before they send again would fall into two halves for ever, one in a batch, the
-    other in the queue; where small batches are slower by the item than larger ones, that is a loss. So where items take
-    long, the results come first, and the next batch is taken when as many requests have come as were answered, or after
-    a fifth of the last one's time. That is tried ever more seldom where they do not come, or only after a tenth of that
-    time; and not if more wait than were answered, or the batch would be larger than a quarter of the largest: there is
-    little to gain then.
+    Only where items take long and few are under way are the results handed out first, and the next batch waits for
+    those who got them: see ``service.returning_clients``.
 
     Args:
         run_batch: called on the device thread with a group and what ``prepare`` made of up to ``max_batch_size`` items
@@ -98,7 +79,7 @@ class Batcher(Generic[Group, Item, Result]):
         on_death: called if the dispatcher dies of a bug; by then nobody is left waiting.
         on_taken: called on the device thread with the seconds that each item of a batch has waited for it.
         prepare: the part of a batch that needs Python's lock and is short; by default the items are left as they are.
-        clock: seconds that a batch takes are told by; like perf_counter, it may be asked on any thread.
+        clock: tells what a batch takes; see ``ReturningClients``.
     """
 
     def __init__(
@@ -116,7 +97,7 @@ class Batcher(Generic[Group, Item, Result]):
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._run_batch, self._device, self._on_death, self._on_taken = run_batch, device, on_death, on_taken
-        self._in_place, self._prepare, self._clock = in_place, prepare, clock
+        self._in_place, self._prepare = in_place, prepare
         self.max_batch_size, self.max_queue, self.max_wait_s = max_batch_size, max_queue, max_wait_s
         self._queue: deque[_Waiting[Group, Item, Result]] = deque()
         self._taken: deque[list[_Waiting[Group, Item, Result]]] = deque()  # batches not settled yet, oldest first
@@ -129,10 +110,7 @@ class Batcher(Generic[Group, Item, Result]):
         self._work_since = 0.0  # when the last results were handed out, or the first of those in progress admitted
         self._recent_items = self._recent_s = 0.0  # of the last ten turns or so
         self._lone_s = inf  # what the last item that was alone in its batch took
-        self._taken_at = 0.0  # when the last batch was, on the clock
-        self._last: list[_Waiting[Group, Item, Result]] = []  # it; empty if it was tried one by one
-        self._returns: _Returns | None = None
-        self._misses = self._skips = 0  # waits in vain, one after the other; batches after which none is tried
+        self._returning = ReturningClients(max_batch_size, clock)
         self.in_flight = 0
 
     @property
@@ -246,7 +224,7 @@ class Batcher(Generic[Group, Item, Result]):
             self._timer = loop.call_later(left_s, self._begin_if_due, loop)
         else:
             self._busy = True
-            self._learn_from_returns()
+            self._returning.learn(self._queue)
             if not (self._is_for_here() and self._ran_here(loop)):
                 self._give_device_a_turn(loop)
 
@@ -265,25 +243,10 @@ class Batcher(Generic[Group, Item, Result]):
     def _left_to_wait_s(self, loop: asyncio.AbstractEventLoop) -> float:
         if self._draining or len(self._queue) >= self.max_batch_size:
             return 0
-        if self._returns and self._requests_of(self._queue) < self._returns.count:
-            return self._returns.until - loop.time()
         if not self.max_wait_s:
-            return 0
+            return self._returning.left_s(self._queue, loop.time())
         since = next((w.since for w in self._queue if w.wanted), -self.max_wait_s)
         return since + self.max_wait_s - loop.time()
-
-    def _learn_from_returns(self) -> None:
-        """A batch begins: did those that were waited for come soon?"""
-        returns, self._returns = self._returns, None
-        if returns and self._queue[0].since <= returns.until:  # else nobody has waited
-            came = self._requests_of(self._queue) >= returns.count and self._clock() <= returns.soon
-            self._misses = 0 if came else min(MOST_MISSES, 1 + self._misses)
-            self._skips = 2**self._misses - 1
-
-    @staticmethod
-    def _requests_of(waiting: Iterable[_Waiting[Group, Item, Result]]) -> int:
-        """How many requests these belong to, but for those that nobody waits for."""
-        return len({id(w.request) for w in waiting if w.wanted})
 
     def _settle(
         self,
@@ -302,7 +265,7 @@ class Batcher(Generic[Group, Item, Result]):
         try:
             outcomes = turn.result()
             batch = self._taken[0]  # it stays there until it is answered, for where this fails
-            answered = self._requests_of(batch) if return_s else 0
+            answered = requests_of(batch) if return_s else 0
             for w, outcome in zip(batch, outcomes, strict=True):
                 if w.answer.done():
                     continue
@@ -316,9 +279,7 @@ class Batcher(Generic[Group, Item, Result]):
             self._work_since = loop.time()
             if not goes_on:
                 self._busy = False
-                if answered:
-                    soon = self._clock() + return_s * SOON_SHARE / RETURN_SHARE
-                    self._returns = _Returns(loop.time() + return_s, answered + self._requests_of(self._queue), soon)
+                self._returning.await_them(answered, self._queue, loop.time(), return_s)
                 self._begin_if_due(loop)
         except BaseException as error:  # noqa: BLE001 - whatever it is, nobody may be left waiting
             self._die(error)
@@ -355,7 +316,7 @@ class Batcher(Generic[Group, Item, Result]):
     def _after_turn(self, loop: asyncio.AbstractEventLoop, turn: "Future[Sequence[Result | Exception]]") -> None:
         if self._ended:  # by then the loop may be closed
             return
-        return_s = self._time_to_return_s()
+        return_s = 0.0 if self.max_wait_s else self._returning.end(len(self._queue))
         goes_on = bool(self._queue) and not self.max_wait_s and not return_s and turn.exception() is None
 
         def hand_out() -> None:
@@ -370,21 +331,6 @@ class Batcher(Generic[Group, Item, Result]):
         if goes_on:
             self._give_device_a_turn(loop)
 
-    def _time_to_return_s(self) -> float:
-        """How long those whom the last batch was for may take to send again before the next is taken."""
-        took_s, waiting, last = self._clock() - self._taken_at, len(self._queue), self._last
-        self._last = []
-        if self.max_wait_s or took_s < LONG_ITEM_S * len(last):
-            return 0.0
-        if waiting > len(last) or waiting + len(last) > self.max_batch_size / 4:
-            return 0.0
-        if not waiting and self._requests_of(last) < 2:  # a client is alone
-            return 0.0
-        if self._skips:
-            self._skips -= 1
-            return 0.0
-        return RETURN_SHARE * took_s
-
     def _turn(self, hand_out: HandOut = _nothing) -> Sequence[Result | Exception]:
         """Take a batch and run it.
 
@@ -393,9 +339,8 @@ class Batcher(Generic[Group, Item, Result]):
         """
         with ExitStack() as before:
             before.callback(hand_out)
-            self._taken_at = self._clock()
-            self._last = batch = self._take()
-            began_s = time.perf_counter()
+            batch, began_s = self._take(), time.perf_counter()
+            self._returning.begin(batch)
             self._on_taken([began_s - w.request.queued_s for w in batch])
             outcomes = self._outcomes(batch, before.close)  # or, if it does not come so far, in the end
             if len(batch) == 1:
@@ -431,7 +376,7 @@ class Batcher(Generic[Group, Item, Result]):
                 batch[0].request.failed = True
                 return [error]
             logger.exception("a batch of %d failed; trying its images one by one", len(batch))
-            self._last = []
+            self._returning.forget()
             return [self._outcomes([w])[0] if w.wanted else error for w in batch]
 
     def _results(self, batch: list[_Waiting[Group, Item, Result]], prepared: HandOut) -> Sequence[Result]:
