@@ -73,7 +73,7 @@ def _run(server: Server, bare: "BareLoop", files: Path, connections: int, second
     counted, cpu_s = server.metrics(), server.cpu_s()
     found = saturate(server.url, connections, long_enough(seconds, before[sizes[0]], sizes[0]), bodies=files)
     cpu_s = server.cpu_s() - cpu_s + found.client_cpu_s
-    batches = {key: server.metrics()[key] - counted[key] for key in ("igd_batch_size_sum", "igd_batch_size_count")}
+    mean_batch = server.mean_batch_since(counted)
     rates = [(before[size] + bare.images_per_s(seconds / 3, size)) / 2 for size in sizes]
     run = {
         "connections": connections,
@@ -83,7 +83,7 @@ def _run(server: Server, bare: "BareLoop", files: Path, connections: int, second
         RATIO_OF_AS_MANY: found.requests_per_s / rates[0],
         "p50 ms": found.p50_ms,
         "p99 ms": found.p99_ms,
-        "mean batch": batches["igd_batch_size_sum"] / max(1, batches["igd_batch_size_count"]),
+        "mean batch": mean_batch,
         "errors": found.errors,
         "client CPU us/request": 1e6 * found.client_cpu_s / (found.requests_per_s * found.seconds),
         "cores busy": cpu_s / (found.seconds * len(os.sched_getaffinity(0))),

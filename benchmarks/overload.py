@@ -11,6 +11,7 @@ round's peak. A load lasts for the given time, or as long as 25 batches take.
 """
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,7 +25,20 @@ from models import models, sample_files, settings_of
 LOADS = (0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 3.0)
 QUEUE_S, QUEUE_SIZES = 1.0, (2 * BATCH, 1024)
 CONNECTIONS, MOST_CONNECTIONS = 128, 2048
-Round = tuple[float, float, dict[float, Offered]]  # saturation, seconds of each load, and what was found there
+
+
+@dataclass(frozen=True)
+class Round:
+    """Of all loads: saturation, seconds of each load, and what was found there."""
+
+    capacity: float
+    seconds: float
+    runs: dict[float, Offered]
+
+    @property
+    def peak(self) -> float:
+        """The most answers in time of all its loads."""
+        return max(run.ok_in_time for run in self.runs.values())
 
 
 def main() -> None:
@@ -68,18 +82,17 @@ def _round(name: str, url: str, files: Path, seconds: float, queue: int, seed: i
         of_load = {"seed": seed, "connections": MOST_CONNECTIONS, "ahead": queue if load > 1 else 0}
         runs[load] = offered(url, load * capacity, run_s, bodies=files, **of_load)
         print(name, load, runs[load], flush=True)
-    return capacity, run_s, runs
+    return Round(capacity, run_s, runs)
 
 
 def _row(name: str, load: float, rounds: list[Round]) -> dict[str, Any]:
-    runs = [of_round[load] for _, _, of_round in rounds]
-    peaks = [max(run.ok_in_time for run in of_round.values()) for _, _, of_round in rounds]
-    shares = [run.ok_in_time / peak for run, peak in zip(runs, peaks, strict=True)]
+    runs = [found.runs[load] for found in rounds]
+    shares = [found.runs[load].ok_in_time / found.peak for found in rounds]
     return {
         "model": name,
         "load": load,
-        "offered /s": load * median(capacity for capacity, _, _ in rounds),
-        "goodput /s": median(run.ok_in_time / run_s for run, (_, run_s, _) in zip(runs, rounds, strict=True)),
+        "offered /s": load * median(found.capacity for found in rounds),
+        "goodput /s": median(found.runs[load].ok_in_time / found.seconds for found in rounds),
         "goodput / peak": median(shares),
         "smallest": min(shares),
         "largest": max(shares),

@@ -48,17 +48,15 @@ def main() -> None:
 def _run(server: Server, model: Path, connections: int, seconds: float) -> Run:
     before = server.metrics()
     found = saturate(server.url, connections, seconds, bodies=sample_files(model))
-    items, batches = (server.metrics()[key] - before[key] for key in ("igd_batch_size_sum", "igd_batch_size_count"))
-    return found, items / batches
+    return found, server.mean_batch_since(before)
 
 
 def _row(connections: int, pairs: list[tuple[Run, Run]]) -> dict[str, Any]:
-    columns = {"requests/s": "requests_per_s", "p50 ms": "p50_ms", "p99 ms": "p99_ms"}
     row: dict[str, Any] = {"connections": connections}
-    for column, attribute in columns.items():
-        of = partial(lambda attribute, run: getattr(run[0], attribute), attribute)
-        ratios = [of(waiting) / of(other) for waiting, other in pairs]
-        row |= {column: median(of(waiting) for waiting, _ in pairs), f"{column}, ratio": median(ratios)}
+    for column, name in (("requests/s", "requests_per_s"), ("p50 ms", "p50_ms"), ("p99 ms", "p99_ms")):
+        values = [(getattr(waiting, name), getattr(other, name)) for (waiting, _), (other, _) in pairs]
+        row[column] = median(waiting for waiting, _ in values)
+        row[f"{column}, ratio"] = median(waiting / other for waiting, other in values)
     row |= {"batch": median(waiting[1] for waiting, _ in pairs), "without": median(other[1] for _, other in pairs)}
     return row | {"errors": sum(run.errors for pair in pairs for run, _ in pair)}
 

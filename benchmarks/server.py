@@ -55,6 +55,12 @@ class Server:
             lines = answer.read().decode().splitlines()
         return {name: float(value) for name, value in (li.rsplit(" ", 1) for li in lines if not li.startswith("#"))}
 
+    def mean_batch_since(self, before: dict[str, float]) -> float:
+        """Images in a batch, of those since these ``metrics``."""
+        now = self.metrics()
+        images, batches = (now[key] - before[key] for key in ("igd_batch_size_sum", "igd_batch_size_count"))
+        return images / max(1, batches)
+
     @property
     def pid(self) -> int:
         """Of its process."""

@@ -33,12 +33,8 @@ MEASURES: list[tuple[str, str, str, tuple[str, Any], str]] = [
     ("... engine in float32, batch 1", ">= 1.3", "full", AT_ONE, "literal / engine"),
     ("... engine in float32, batch 64", ">= 1.3", "full", AT_MANY, "literal / engine"),
     *(
-        (f"(c) /classify / bare loop, {n} connections", target, "http", ("connections", n), RATIO)
-        for n, target in ((1, ">= 0.9; bundled none"), (8, ">= 0.9; bundled none"))
-    ),
-    *(
-        (f"(c) /classify / bare loop, {n} connections", ">= 0.9; bundled >= 0.5", "http", ("connections", n), RATIO)
-        for n in (32, 64, 128, 256)
+        (f"(c) /classify / bare loop, {n} connections", f">= 0.9; bundled {target}", "http", ("connections", n), RATIO)
+        for n, target in ((1, "none"), (8, "none"), *((n, ">= 0.5") for n in (32, 64, 128, 256)))
     ),
     *(
         (f"... of as many images, {n} connections", "", "http", ("connections", n), RATIO_OF_AS_MANY)
@@ -53,8 +49,14 @@ MEASURES: list[tuple[str, str, str, tuple[str, Any], str]] = [
         for n in (1, 8, 32, 128)
     ),
     *(
-        (f"(d) the best peer's {p} / ours, {load} of the best system's saturation", "", "lead", where, f"{p} ratio")
-        for load, where in (("50%", ("load", "50%")), ("80%", ("load", "80%")))
+        (
+            f"(d) the best peer's {p} / ours, {at} of the best system's saturation",
+            "",
+            "lead",
+            ("load", at),
+            f"{p} ratio",
+        )
+        for at in ("50%", "80%")
         for p in ("p50", "p99")
     ),
     *(
