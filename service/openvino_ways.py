@@ -44,12 +44,11 @@ class Whole:
         self._front, self._back = front, back
 
     def __call__(self, inputs: Sequence[Array], constant: Array) -> tuple[Array, Seconds]:
-        times = [perf_counter()]
+        began_s = perf_counter()
         self._front.infer(list(inputs), share_inputs=True, share_outputs=True)
-        times.append(perf_counter())
+        front_done_s = perf_counter()
         value = _back_value(_outputs(self._front), self._back, constant)
-        times.append(perf_counter())
-        return value, _differences(times)
+        return value, (front_done_s - began_s, perf_counter() - front_done_s)
 
 
 class Parts:
@@ -125,18 +124,17 @@ class Fixed:
         self._rows, self._shape, self._row_bytes = bytes_of(rows), rows.shape[1:], rows[0].nbytes
 
     def __call__(self, inputs: Sequence[Array], constant: Array) -> tuple[Array, Seconds]:
-        times = [perf_counter()]
+        began_s = perf_counter()
         count = len(inputs[0])
         fill(self._inputs, inputs)
         if constant is not self._constant:
             self._constant_bytes[:], self._constant = bytes_of(constant), constant
         # Python's lock is free while it computes: the event loop answers meanwhile.
         self._front.infer()
-        times.append(perf_counter())
+        front_done_s = perf_counter()
         self._back.infer(share_outputs=True)
         rows = np.frombuffer(bytearray(self._rows[: count * self._row_bytes]), np.float32)
-        times.append(perf_counter())
-        return rows.reshape(count, *self._shape), _differences(times)
+        return rows.reshape(count, *self._shape), (front_done_s - began_s, perf_counter() - front_done_s)
 
 
 class WholeFront:
@@ -190,8 +188,3 @@ def _wait_for(requests: "Iterable[openvino.InferRequest]") -> None:
             errors.append(error)
     if errors:
         raise errors[0]
-
-
-def _differences(times: Sequence[float]) -> Seconds:
-    front, back = (after - before for before, after in pairwise(times))
-    return front, back

@@ -217,3 +217,25 @@ def test_noise_is_drawn_anew_for_every_batch_and_every_predictor(tiny_model):
     images = torch.zeros(2, *one.config.input.shape)
     draws = [one._noise(images.shape), one._noise(images.shape), other._noise(images.shape)]
     assert not any(torch.equal(a, b) for a, b in zip(draws, draws[1:] + draws[:1], strict=True))
+
+
+def test_no_lone_image_s_noise_is_another_s(tiny_model):
+    one, other = Predictor(tiny_model), Predictor(tiny_model)
+    shape = (1, *one.config.input.size, one.config.input.channels)
+    draws = torch.cat([p._noise(shape) for _ in range(40) for p in (one, other)])
+    assert len({tuple(draw.flatten().tolist()) for draw in draws}) == 80
+    assert draws.shape[1:] == one._noise((2, *shape[1:])).shape[1:]
+    # 80 times as many values as an image has: standard normal, to six standard errors.
+    assert abs(draws.mean()) < 6 / draws.numel() ** 0.5
+    assert abs(draws.var() - 1) < 6 * (2 / draws.numel()) ** 0.5
+
+
+def test_a_lone_image_is_classified_as_in_a_batch(tiny_model):
+    predictor = Predictor(tiny_model, dtype="float32", compiler="none")
+    config = predictor.config
+    predictor.config = config.model_copy(update={"defense": config.defense.model_copy(update={"sigma": 0.0})})
+    defense = predictor.prepare("1", load_importance(tiny_model))
+    pixels = list(np.random.default_rng(0).integers(0, 256, (3, *predictor._probe.shape[1:]), np.uint8))
+    rows = predictor.predict(defense, pixels)
+    for i, image in enumerate(pixels):
+        torch.testing.assert_close(predictor.predict(defense, [image])[0], rows[i], atol=1e-5, rtol=1e-5)

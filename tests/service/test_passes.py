@@ -177,6 +177,39 @@ def test_the_quickest_way_is_the_one_that_takes_less_time_in_most_turns_but_for_
     assert quickest(steady, (2.95,), (2.95,)) == 0  # too little to be more than chance
 
 
+def test_a_short_way_is_timed_where_its_own_weights_are_in_the_caches(monkeypatch):
+    clock, last = [0.0], [None]
+    monkeypatch.setattr(openvino_chain_module, "perf_counter", lambda: clock[0])
+
+    def way_of(name, takes_s, after_others_s):
+        def way(inputs, constant):
+            clock[0] += takes_s if last[0] == name else after_others_s
+            last[0] = name
+
+        return way
+
+    quicker_between_others, quicker_alone = way_of("a", 0.002, 0.002), way_of("b", 0.001, 0.003)
+    assert openvino_chain_module._quickest([quicker_between_others, quicker_alone], [], None) is quicker_alone
+    # Once a long one has its weights, most of its call is still to come.
+    long_between_others, long_alone = way_of("c", 0.02, 0.02), way_of("d", 0.01, 0.03)
+    assert openvino_chain_module._quickest([long_between_others, long_alone], [], None) is long_between_others
+
+
+@needs_openvino
+def test_ways_are_tried_with_images_and_noise(monkeypatch):
+    tried = []
+    monkeypatch.setattr("service.openvino_part.FIXED_WEIGHTS_BYTES", 0)
+    monkeypatch.setattr("service.matrix_convolution.MIN_WEIGHTS", 0)
+    monkeypatch.setattr(openvino_chain_module, "_quickest", lambda ways, given, _: (tried.append(given), ways[0])[1])
+    _, engine = engine_at("layer4", "openvino")
+    passes_of(engine, defended_by(engine, 0, 0.1, 1), LARGE)
+    assert {len(pixels) for pixels, _ in tried} == {1, 8}
+    for pixels, noise in tried:
+        assert (pixels.dtype, noise.dtype) == (np.uint8, np.float32)
+        assert pixels.min() < 10 and pixels.max() > 245
+        assert abs(noise.std() - 1) < 0.1
+
+
 def test_pytorch_keeps_no_graph_of_what_it_predicts(monkeypatch):
     _, engine = engine_at("linear:input", "none")
     seen, cut = [], engine.cut
