@@ -116,12 +116,9 @@ class DefendedClassifier(nn.Module):
             values: activations [(1 + n) * B, ...] and what bypasses the layer; B without noise.
             masks: [C, N], in place of this importance's: for what is compiled once for all.
         """
-        # One call of the tail for the images and their noisy copies, as of the trunk.
-        noise_samples = self.num_noise_samples if self.sigma else 0
-        logits = self.split.tail(*values).unflatten(0, (1 + noise_samples, -1))
-        clean = tuple(value.unflatten(0, (1 + noise_samples, -1))[0] for value in values)
-        undefended_logits = logits[0]
-        class_weights = self.pseudo_label(logits[1:].mean(dim=0) if noise_samples else undefended_logits)
+        clean, logits = self.first_pass(values)
+        undefended_logits = self.split.tail(*clean) if self.sigma else logits
+        class_weights = self.pseudo_label(logits)
         return DefendedPrediction(self.masked_pass(clean, class_weights, masks), undefended_logits, class_weights)
 
     def first_pass(self, values: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor]:

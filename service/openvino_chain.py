@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from math import inf
 from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING, TypeVar
@@ -27,7 +26,7 @@ AnyWay = TypeVar("AnyWay", bound=Way)
 
 MAX_STREAMS = 4  # where there are more threads than that, streams have several
 TRIALS, TRIALS_S = 12, 1.5  # turns of each way; of all together, after which no more are begun
-TURN_S = 0.01  # of a way that is quicker than that: by its first call another's weights are in the caches
+SHORT_S = 0.005  # where a way takes less, each is called again for so long before another has its turn
 TRIAL_GAIN = 0.02  # what a way must save to be taken, or restarts would differ by chance
 
 
@@ -265,23 +264,23 @@ def _quickest(ways: Sequence[AnyWay], inputs: Sequence[Array], constant: Array) 
     """The one that takes the least time; which that is depends on the processor's instructions and caches.
 
     Ways take turns, and the median of the turns' ratios counts: a machine's speed may double for the time of one call,
-    so that the least time of each would be a matter of luck.
+    so that the least time of each would be a matter of luck. Short ones are called several times in a turn: a server
+    has one way alone, whose weights are in the caches.
 
     Args:
         ways: the simpler first; one is taken before others that save less than ``TRIAL_GAIN``.
     """
     if len(ways) == 1:
         return ways[0]
-    turns: list[list[float]] = []
-    began_s = inf
-    for trial in range(1 + TRIALS):
-        if perf_counter() - began_s > TRIALS_S:
-            break
-        turn = [_turn_s(way, inputs, constant) for way in ways]
-        if trial:  # the first time takes longer
-            turns.append(turn)
-        else:
-            began_s = perf_counter()
+    for way in ways:
+        way(inputs, constant)  # the first time takes longer
+    began_s = perf_counter()
+    turns = [[_call_s(way, inputs, constant) for way in ways]]
+    call_s = _call_s
+    if min(turns[0]) < SHORT_S:
+        turns, call_s = [], _warm_call_s
+    while len(turns) < TRIALS and (not turns or perf_counter() - began_s <= TRIALS_S):
+        turns.append([call_s(way, inputs, constant) for way in ways])
     best = 0
     for i in range(1, len(ways)):
         if median(turn[i] / turn[best] for turn in turns) < 1 - TRIAL_GAIN:
@@ -289,15 +288,17 @@ def _quickest(ways: Sequence[AnyWay], inputs: Sequence[Array], constant: Array) 
     return ways[best]
 
 
-def _turn_s(way: Way, inputs: Sequence[Array], constant: Array) -> float:
-    """The seconds that a call takes, after calls of its own if it is short, as it is where one way serves all."""
+def _call_s(way: Way, inputs: Sequence[Array], constant: Array) -> float:
     began_s = perf_counter()
     way(inputs, constant)
-    first_done_s = done_s = perf_counter()
-    if first_done_s - began_s >= TURN_S:
-        return first_done_s - began_s
-    calls = 0
-    while done_s - began_s < TURN_S:
+    return perf_counter() - began_s
+
+
+def _warm_call_s(way: Way, inputs: Sequence[Array], constant: Array) -> float:
+    """The mean over ``SHORT_S``, after a call that finds another way's weights in the caches."""
+    way(inputs, constant)
+    began_s, calls = perf_counter(), 0
+    while calls == 0 or perf_counter() - began_s < SHORT_S:
         way(inputs, constant)
-        done_s, calls = perf_counter(), calls + 1
-    return (done_s - first_done_s) / calls
+        calls += 1
+    return (perf_counter() - began_s) / calls

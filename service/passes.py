@@ -140,7 +140,7 @@ class _Back(nn.Module):
 
 def _to_device(pixels: NDArray[np.uint8], device: torch.device) -> Tensor:
     """The pixels as a tensor there."""
-    tensor = torch.from_numpy(pixels)
+    tensor = torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy())  # torch warns of what is read only
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 

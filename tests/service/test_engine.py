@@ -230,12 +230,31 @@ def test_no_lone_image_s_noise_is_another_s(tiny_model):
     assert abs(draws.var() - 1) < 6 * (2 / draws.numel()) ** 0.5
 
 
-def test_a_lone_image_is_classified_as_in_a_batch(tiny_model):
-    predictor = Predictor(tiny_model, dtype="float32", compiler="none")
+@pytest.mark.filterwarnings("error:.*not writable")  # torch's, which it says once in a process if it is not told to
+@pytest.mark.parametrize("compiler", ["none", pytest.param("openvino", marks=needs_openvino)])
+def test_a_lone_image_is_classified_as_in_a_batch(tiny_model, compiler):
+    predictor = Predictor(tiny_model, dtype="float32", compiler=compiler)
     config = predictor.config
     predictor.config = config.model_copy(update={"defense": config.defense.model_copy(update={"sigma": 0.0})})
     defense = predictor.prepare("1", load_importance(tiny_model))
     pixels = list(np.random.default_rng(0).integers(0, 256, (3, *predictor._probe.shape[1:]), np.uint8))
+    for image in pixels:
+        image.flags.writeable = False  # as they are decoded
     rows = predictor.predict(defense, pixels)
-    for i, image in enumerate(pixels):
-        torch.testing.assert_close(predictor.predict(defense, [image])[0], rows[i], atol=1e-5, rtol=1e-5)
+    torch.set_warn_always(True)
+    try:
+        alone = [predictor.predict(defense, [image])[0] for image in pixels]
+    finally:
+        torch.set_warn_always(False)
+    np.testing.assert_allclose(alone, rows, atol=1e-5, rtol=1e-5)
+
+
+def test_noise_for_lone_images_is_drawn_ahead_only_where_it_is_little(tiny_model, monkeypatch):
+    predictor = Predictor(tiny_model)
+    shape = (1, *predictor.config.input.size, predictor.config.input.channels)
+    values = predictor._noise(shape).numel()
+    for most, ahead in ((values * 3, 2), (values - 1, 0)):
+        monkeypatch.setattr(predictor_module, "LONE_NOISE_VALUES", most)
+        predictor._lone_noise = []
+        predictor._noise(shape)
+        assert len(predictor._lone_noise) == ahead
