@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import fmean, median
 from time import perf_counter
 from typing import TYPE_CHECKING, TypeVar
 
@@ -297,8 +297,7 @@ def _call_s(way: Way, inputs: Sequence[Array], constant: Array) -> float:
 def _warm_call_s(way: Way, inputs: Sequence[Array], constant: Array) -> float:
     """The mean over ``SHORT_S``, after a call that finds another way's weights in the caches."""
     way(inputs, constant)
-    began_s, calls = perf_counter(), 0
-    while calls == 0 or perf_counter() - began_s < SHORT_S:
-        way(inputs, constant)
-        calls += 1
-    return (perf_counter() - began_s) / calls
+    calls_s: list[float] = []
+    while sum(calls_s) < SHORT_S:
+        calls_s.append(_call_s(way, inputs, constant))
+    return fmean(calls_s)

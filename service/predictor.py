@@ -1,8 +1,6 @@
 """The engine: a model directory on a device, and both passes of a batch as one call."""
 
 import logging
-import math
-import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,6 +25,7 @@ from defense.importance import check_origin
 from service.compilers import Compiler, EngineError, check_openvino, choose_compiler
 from service.engine import FALL_BACK_BELOW, WARN_BELOW, EngineSplit, StageClock, choose_dtype, resolve_device
 from service.int8 import check_int8
+from service.noise import StandardNormal
 from service.openvino_part import fixed_sizes, padded_size
 from service.passes import OpenVinoPasses, Passes, PyTorchPasses, agreement, openvino_chain, to_pixels
 from service.settings import Settings
@@ -34,9 +33,6 @@ from service.settings import Settings
 logger = logging.getLogger(__name__)
 
 PROBE_IMAGES, CALIBRATION_BATCH = 256, 32
-# Of noise for images that come alone, drawn at a time, and their values at most: each call of torch takes 30 us once
-# other code is in the caches, each 10,000 values as much.
-LONE_NOISE, LONE_NOISE_VALUES = 16, 1 << 16
 WARM_UP_S = 5.0
 DEFAULT_THREADS = torch.get_num_threads()  # torch's choice, one a physical core; a Predictor may change it
 
@@ -161,9 +157,7 @@ class Predictor:
             check_int8(chosen, has_probe_images=self._probe is not None)
         elif int8_first_pass:
             logger.warning("IGD_INT8_FIRST_PASS changes nothing: with sigma = 0 both passes are one")
-        # Noise that an attacker could predict would be no noise.
-        self._generator = torch.Generator(self.device).manual_seed(secrets.randbits(63))
-        self._lone_noise: list[Tensor] = []  # each is used once
+        self._normal = StandardNormal(self.device)
 
     @property
     def model_digest(self) -> str:
@@ -252,16 +246,7 @@ class Predictor:
         if not self._draws:
             return None
         batch, height, width, channels = shape
-        wanted = (batch, self._draws, channels, height, width)
-        if batch > 1:
-            return self._drawn(wanted)
-        if not self._lone_noise or self._lone_noise[-1].shape != wanted:
-            number = max(1, min(LONE_NOISE, LONE_NOISE_VALUES // math.prod(wanted)))
-            self._lone_noise = list(self._drawn((number, *wanted)))
-        return self._lone_noise.pop()
-
-    def _drawn(self, shape: Sequence[int]) -> Tensor:
-        return torch.randn(*shape, generator=self._generator, device=self.device)
+        return self._normal.draw((batch, self._draws, channels, height, width))
 
     @property
     def _int8(self) -> bool:

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from defense import SplitClassifier, load_importance
-from service import compilers
+from service import compilers, noise
 from service import predictor as predictor_module
 from service.compilers import EngineError
 from service.engine import EngineSplit, StageClock, choose_dtype
@@ -249,12 +249,11 @@ def test_a_lone_image_is_classified_as_in_a_batch(tiny_model, compiler):
     np.testing.assert_allclose(alone, rows, atol=1e-5, rtol=1e-5)
 
 
-def test_noise_for_lone_images_is_drawn_ahead_only_where_it_is_little(tiny_model, monkeypatch):
-    predictor = Predictor(tiny_model)
-    shape = (1, *predictor.config.input.size, predictor.config.input.channels)
-    values = predictor._noise(shape).numel()
+def test_noise_for_lone_images_is_drawn_ahead_only_where_it_is_little(monkeypatch):
+    shape = (1, 1, 3, 8, 8)
+    values = 3 * 8 * 8
     for most, ahead in ((values * 3, 2), (values - 1, 0)):
-        monkeypatch.setattr(predictor_module, "LONE_NOISE_VALUES", most)
-        predictor._lone_noise = []
-        predictor._noise(shape)
-        assert len(predictor._lone_noise) == ahead
+        monkeypatch.setattr(noise, "LONE_VALUES", most)
+        normal = noise.StandardNormal(torch.device("cpu"))
+        assert normal.draw(shape).shape == shape
+        assert len(normal._lone) == ahead

@@ -177,34 +177,26 @@ def test_the_quickest_way_is_the_one_that_takes_less_time_in_most_turns_but_for_
     assert quickest(steady, (2.95,), (2.95,)) == 0  # too little to be more than chance
 
 
-def test_a_short_way_is_timed_where_its_own_weights_are_in_the_caches(monkeypatch):
+@pytest.mark.parametrize(
+    ("between_others_first", "alone_first"),  # seconds of a call after another way's, and after one of its own
+    [
+        ((0.002, 0.002), (0.003, 0.001)),
+        ((0.0049, 0.0045), (0.0051, 0.0040)),  # where one is short none is timed by calls after others'
+    ],
+)
+def test_a_short_way_is_timed_where_its_own_weights_are_in_the_caches(between_others_first, alone_first, monkeypatch):
     clock, last = [0.0], [None]
     monkeypatch.setattr(openvino_chain_module, "perf_counter", lambda: clock[0])
 
-    def way_of(name, takes_s, after_others_s):
+    def way_of(after_others_s, after_own_s):
         def way(inputs, constant):
-            clock[0] += takes_s if last[0] == name else after_others_s
-            last[0] = name
+            clock[0] += after_own_s if last[0] is way else after_others_s
+            last[0] = way
 
         return way
 
-    quicker_between_others, quicker_alone = way_of("a", 0.002, 0.002), way_of("b", 0.001, 0.003)
+    quicker_between_others, quicker_alone = way_of(*between_others_first), way_of(*alone_first)
     assert openvino_chain_module._quickest([quicker_between_others, quicker_alone], [], None) is quicker_alone
-
-
-def test_where_any_way_is_short_none_is_timed_cold(monkeypatch):
-    clock, last = [0.0], [None]
-    monkeypatch.setattr(openvino_chain_module, "perf_counter", lambda: clock[0])
-
-    def way_of(name, takes_s, after_others_s):
-        def way(inputs, constant):
-            clock[0] += takes_s if last[0] == name else after_others_s
-            last[0] = name
-
-        return way
-
-    below_5_ms, above_5_ms = way_of("a", 0.0045, 0.0049), way_of("b", 0.0040, 0.0051)
-    assert openvino_chain_module._quickest([below_5_ms, above_5_ms], [], None) is above_5_ms
 
 
 @needs_openvino
